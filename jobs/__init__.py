@@ -1,0 +1,1 @@
+"""The job functions that a producer may name; everything else is refused."""

@@ -1,0 +1,1 @@
+"""Bytes, rows and locks on disk; knows nothing of WhatsApp."""

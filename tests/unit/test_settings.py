@@ -1,0 +1,49 @@
+"""Settings: parsed once, all problems at once, secrets masked."""
+
+import pytest
+
+from whatsapp_worker.errors import SettingsError
+from whatsapp_worker.settings import Settings, declarations
+
+
+def test_an_empty_environment_gives_the_documented_defaults():
+    settings = Settings.read({})
+    assert settings.reconnect_waits_s == (3.0, 6.0, 12.0)
+    assert settings.network == "whatsapp"
+    assert settings.max_tombstones == 1000
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({"SEND_TIMEOUT_S": "0", "MAX_SESSIONS": "many", "REDIS_URL": "http://x"})
+    assert len(caught.value.problems) == 3
+    assert caught.value.exit_code == 2
+    assert any("MAX_SESSIONS is no whole number" in p for p in caught.value.problems)
+
+
+def test_an_empty_variable_counts_as_absent():
+    assert Settings.read({"REDIS_URL": " "}).redis_url is None
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e400"])
+def test_numbers_that_are_no_durations_are_refused(text):
+    with pytest.raises(SettingsError):
+        Settings.read({"SEND_TIMEOUT_S": text})
+
+
+def test_waits_are_read_as_a_list():
+    assert Settings.read({"RECONNECT_WAITS_S": "0.1, 0.2"}).reconnect_waits_s == (0.1, 0.2)
+
+
+def test_the_table_names_origins_and_masks_secrets():
+    environ = {"REDIS_URL": "redis://user:hunter2@cache:6380/1?x=hunter3"}
+    rows = {row["variable"]: row for row in Settings.read(environ).table(environ)}
+    assert rows["REDIS_URL"]["value"] == "redis://***@cache:6380/1?***"
+    assert rows["REDIS_URL"]["origin"] == "environment"
+    assert rows["RECONNECT_WAITS_S"]["value"] == "3,6,12"
+    assert "hunter" not in str(rows)
+
+
+def test_every_variable_is_declared_once():
+    variables = [declaration.variable for declaration in declarations().values()]
+    assert len(set(variables)) == len(variables)
