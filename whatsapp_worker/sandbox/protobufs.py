@@ -1,4 +1,4 @@
-"""WhatsApp's protobuf classes, taken out of the installed neonize without loading its Go library."""
+"""WhatsApp's protobuf classes, taken from the installed neonize without loading its library."""
 
 from __future__ import annotations
 
