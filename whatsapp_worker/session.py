@@ -1,6 +1,12 @@
-"""The states of a session, the reasons that go with them, and the sentence for each reason."""
+"""The states of a session, what moves it between them, and the reason and sentence of each.
+
+`TABLE` is the only place that says what may follow what; `step` applies it, and the diagram in
+docs/states.md is generated from it (`python -m whatsapp_worker.session > docs/states.md`).
+"""
 
 from enum import StrEnum
+
+from whatsapp_worker.errors import WorkerError
 
 
 class State(StrEnum):
@@ -38,6 +44,8 @@ class Reason(StrEnum):
     CAPACITY = "capacity"
     FLAPPING = "flapping"
     OPERATOR = "operator"
+    WRONG_NETWORK = "wrong-network"
+    CANNOT_RUN = "cannot-run"
 
 
 # {session} is filled in by `sentence`. Each says what to do next, or that nothing need be done.
@@ -67,6 +75,10 @@ _SENTENCES = {
     " MAX_SESSIONS.",
     Reason.FLAPPING: "The connection was lost again and again right after logging in. It tries"
     " again after a cool-down; look for a second client of this number.",
+    Reason.WRONG_NETWORK: "This session was made on the other network (WhatsApp or the sandbox)."
+    " Set WHATSAPP_NETWORK as it was, or delete it: whatsapp-worker delete {session}",
+    Reason.CANNOT_RUN: "This host cannot run the session; its log says why:"
+    " whatsapp-worker logs {session}",
     Reason.OPERATOR: "An operator asked for it. To run it: whatsapp-worker start {session}",
 }
 
@@ -74,3 +86,101 @@ _SENTENCES = {
 def sentence(reason: Reason | None, session: str) -> str:
     """The sentence that tells a person what to do; empty without a reason."""
     return _SENTENCES[reason].format(session=session) if reason else ""
+
+
+class Trigger(StrEnum):
+    """What moves a session from one state to another."""
+
+    # Ours: the supervisor does it, and does it only where the table allows.
+    LINK = "link"  # a link attempt begins
+    UNPAIRED = "unpaired"  # there are no credentials
+    DIAL = "dial"  # a device process begins
+    SPENT = "spent"  # the policy gives up until the cool-down ends
+    STOP = "stop"
+    DELETE = "delete"
+    # WhatsApp's, or an accident's: may come at any time.
+    LOGIN = "login"
+    LOSS = "loss"  # the connection, or the attempt to make one, is gone
+    LOGGED_OUT = "logged_out"
+    REPLACED = "replaced"
+    BANNED = "banned"
+    OUTDATED = "outdated"
+
+
+SURPRISES = frozenset(
+    {
+        Trigger.LOGIN,
+        Trigger.LOSS,
+        Trigger.LOGGED_OUT,
+        Trigger.REPLACED,
+        Trigger.BANNED,
+        Trigger.OUTDATED,
+    }
+)
+
+_ANYWHERE = {Trigger.STOP: State.STOPPED, Trigger.DELETE: State.DELETED}
+_BEGIN = {Trigger.LINK: State.LINKING, Trigger.DIAL: State.CONNECTING, **_ANYWHERE}
+_ENDS = {
+    Trigger.LOGGED_OUT: State.LOGGED_OUT,
+    Trigger.REPLACED: State.REPLACED,
+    Trigger.BANNED: State.BANNED,
+    Trigger.OUTDATED: State.OUTDATED,
+}
+_LOSSES = {Trigger.LOSS: State.RECONNECTING, Trigger.SPENT: State.FAILED}
+_UNPAIRED = {Trigger.UNPAIRED: State.UNLINKED}
+
+TABLE: dict[State, dict[Trigger, State]] = {
+    State.UNLINKED: {**_BEGIN},
+    # A link attempt that fails leaves the session where it was before.
+    State.LINKING: {**_BEGIN, **_UNPAIRED, **_ENDS},
+    State.CONNECTING: {**_BEGIN, **_UNPAIRED, **_ENDS, **_LOSSES, Trigger.LOGIN: State.CONNECTED},
+    State.CONNECTED: {**_BEGIN, **_ENDS, **_LOSSES},
+    State.RECONNECTING: {**_BEGIN, **_UNPAIRED},
+    State.FAILED: {**_BEGIN, **_UNPAIRED},
+    State.LOGGED_OUT: {**_BEGIN},
+    State.REPLACED: {**_BEGIN, **_UNPAIRED},
+    State.BANNED: {**_BEGIN, **_UNPAIRED},
+    State.OUTDATED: {**_BEGIN, **_UNPAIRED},
+    State.STOPPED: {**_BEGIN, **_UNPAIRED},
+    State.DELETED: {Trigger.DELETE: State.DELETED},
+}
+
+
+class ImpossibleStep(WorkerError):
+    """The supervisor tried what the table does not allow: a bug of ours."""
+
+
+def step(state: State, trigger: Trigger) -> State | None:
+    """The state that follows, or None for a surprise that means nothing here (log and go on).
+
+    Raises:
+        ImpossibleStep: One of our own triggers where the table has no place for it.
+    """
+    following = TABLE[state].get(trigger)
+    if following is None and trigger not in SURPRISES:
+        raise ImpossibleStep(f"no {trigger} from {state}")
+    return following
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram; `stop` and `delete`, possible everywhere, left out."""
+    lines = ["stateDiagram-v2", "    [*] --> unlinked"]
+    for state, row in TABLE.items():
+        for trigger, following in row.items():
+            if trigger not in _ANYWHERE:
+                lines.append(f"    {state} --> {following}: {trigger}")
+    return "\n".join([*lines, "    deleted --> [*]"])
+
+
+def document() -> str:
+    """docs/states.md, whole."""
+    return (
+        "# Session states\n\n"
+        "Generated from `whatsapp_worker/session.py`: `python -m whatsapp_worker.session >"
+        " docs/states.md`.\nNot drawn: `stop` leads from every state to `stopped`, and `delete`"
+        f" to `deleted`.\n\n```mermaid\n{diagram()}\n```\n"
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")

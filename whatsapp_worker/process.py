@@ -1,0 +1,119 @@
+"""What Linux offers to keep a family of processes together; each is a no-op elsewhere."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, argument: int | bytes) -> bool:
+    if sys.platform != "linux":
+        return False
+    value = argument if isinstance(argument, bytes) else ctypes.c_ulong(argument)
+    return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
+
+
+def adopt_orphans() -> bool:
+    """Become the parent of grandchildren whose parent dies, so that they can be reaped."""
+    return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_name(name: str) -> bool:
+    """Name this process (15 bytes are kept) as `ps -o comm` and `top` show it."""
+    return _prctl(_PR_SET_NAME, name.encode()[:15] + b"\0")
+
+
+def start_bound(
+    command: Sequence[str], *, environ: Mapping[str, str], name: str | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a program that gets SIGTERM when the calling thread ends, however that happens.
+
+    Call it on a thread that lives as long as the program should (the main thread): Linux watches
+    the thread that forked. The program gets a session of its own, so that Ctrl-C in a terminal
+    reaches only its owner, and its output goes to our stderr.
+    """
+    wrapper = [sys.executable, "-m", "whatsapp_worker.process", str(os.getpid()), *command]
+    return subprocess.Popen(
+        wrapper,
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else 2,
+        start_new_session=True,
+    )
+
+
+def _has_fileno(stream: object) -> bool:
+    try:
+        stream.fileno()  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
+
+
+def _become(parent: int, command: Sequence[str]) -> None:
+    """Turn into the program, bound to the parent; gone at once if the parent is gone already."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died between the fork and the prctl
+        sys.exit(1)
+    os.execvp(command[0], list(command))
+
+
+def lock_holders(path: Path) -> list[int]:
+    """The processes that hold an flock on this file; none where the system does not say.
+
+    A process in another container shows as pid 0 there and is left out.
+    """
+    try:
+        status = path.stat()
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return []
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    rows = (line.split() for line in locks.splitlines())
+    return [
+        int(row[4])
+        for row in rows
+        if len(row) > 5 and row[1] == "FLOCK" and row[5] == wanted and int(row[4]) > 0
+    ]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this id exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def command_line(pid: int) -> str:
+    """The command line of a process; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def end(process: "subprocess.Popen[bytes]", *, timeout_s: float) -> bool:
+    """SIGTERM, wait, SIGKILL; whether it went without the SIGKILL."""
+    deadline = time.monotonic() + timeout_s
+    process.terminate()
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    _become(int(sys.argv[1]), sys.argv[2:])
