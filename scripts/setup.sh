@@ -33,8 +33,9 @@ show_progress() {
   local count=0 total=$1 line name
   while IFS= read -r line; do
     case $line in
-      *Collecting*)
-        count=$((count + 1)) name=${line#*Collecting } name=${name%% *} name=${name%%[<>=!~;(]*}
+      Collecting* | Processing*)
+        count=$((count + 1)) name=${line#* } name=${name%% *} name=${name##*/}
+        name=${name%%[-<>=!~;(]*}
         if [ -t 1 ]; then
           printf '\r  downloading %d of about %d: %-30.30s' "$count" "$total" "$name"
         elif [ $((count % 10)) = 0 ]; then

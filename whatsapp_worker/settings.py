@@ -147,6 +147,13 @@ class Settings:
         "Least severe log lines shown.",
         _choice("DEBUG", "INFO", "WARNING", "ERROR"),
     )
+    log_format: str = _declare(
+        "LOG_FORMAT",
+        "text",
+        "",
+        "`text` for people, `json` for one JSON object a line.",
+        _choice("text", "json"),
+    )
     reconnect_waits_s: tuple[float, ...] = _declare(
         "RECONNECT_WAITS_S",
         (3.0, 6.0, 12.0),
