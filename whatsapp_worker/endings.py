@@ -4,6 +4,7 @@
 the operating system told of a process that said nothing. The supervisor acts on `Ending` alone.
 """
 
+import signal
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -78,7 +79,29 @@ def of_fact(fact: facts.Fact, *, now: float) -> Ending | None:
         fact: What the client told.
         now: UTC seconds; a ban's end is counted from it.
     """
-    raise NotImplementedError
+    match fact:
+        case facts.Disconnected():
+            return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "disconnected")
+        case facts.NotConnected():
+            return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "socket down without a word")
+        case facts.Silent():
+            return Ending(EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT, f"silent {fact.age_s:.0f} s")
+        case facts.StreamError():
+            return Ending(EndingKind.LOST, Reason.STREAM_ERROR, f"stream error {fact.code}")
+        case facts.LoggedOut():
+            return _logged_out(fact.reason)
+        case facts.StreamReplaced():
+            return Ending(EndingKind.REPLACED, Reason.STREAM_REPLACED)
+        case facts.TemporaryBan():
+            until = now + (fact.expire_s if fact.expire_s > 0 else BAN_WITHOUT_END_S)
+            return Ending(EndingKind.BANNED, Reason.TEMPORARY_BAN, fact.code, until)
+        case facts.ClientOutdated():
+            return Ending(EndingKind.OUTDATED, Reason.CLIENT_OUTDATED)
+        case facts.ConnectFailure():
+            return _refused_login(fact)
+        case facts.ConnectReturned():
+            return _returned(fact.error, now)
+    return None
 
 
 def of_exit(returncode: int, said: Ending | None) -> Ending:
@@ -88,4 +111,59 @@ def of_exit(returncode: int, said: Ending | None) -> Ending:
         returncode: As `os.waitstatus_to_exitcode` gives it: negative for a signal.
         said: The last word of the process (`ended`), if it had one.
     """
-    raise NotImplementedError
+    if said is not None:
+        return said
+    if returncode < 0:
+        return _crashed(f"killed by {_signal_name(-returncode)}")
+    return _BY_EXIT.get(returncode) or _crashed(f"exit code {returncode}")
+
+
+def _logged_out(reason: str) -> Ending:
+    gone = reason == "MAIN_DEVICE_GONE"
+    why = Reason.MAIN_DEVICE_GONE if gone else Reason.LOGGED_OUT
+    return Ending(EndingKind.LOGGED_OUT, why, reason)
+
+
+def _refused_login(failure: facts.ConnectFailure) -> Ending:
+    """409 means that WhatsApp dislikes this client, which only an upgrade changes; the others
+    (400, 418, unknown ones) are surprises that may pass."""
+    if failure.reason == "BAD_USER_AGENT":
+        return Ending(EndingKind.OUTDATED, Reason.CLIENT_OUTDATED, failure.reason)
+    return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, f"login refused: {failure.reason}")
+
+
+def _returned(error: str, now: float) -> Ending:
+    """neonize leaves `connect()` with an error when the first dial fails, and also when an event
+    carries an enum value that it cannot encode: then the event's name stands in the text."""
+    if "TemporaryBan" in error:
+        until = now + BAN_WITHOUT_END_S
+        return Ending(EndingKind.BANNED, Reason.TEMPORARY_BAN, "unknown code", until)
+    if "LoggedOut" in error:
+        return _logged_out("unknown")
+    if "ConnectFailure" in error:
+        return _refused_login(facts.ConnectFailure("unknown", ""))
+    return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, error[:200] or "connect() returned")
+
+
+def _crashed(detail: str) -> Ending:
+    return Ending(EndingKind.CRASHED, Reason.PROCESS_CRASHED, detail)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+_BY_EXIT = {
+    Exit.OK: Ending(EndingKind.STOPPED),
+    Exit.NOT_DRAINED: Ending(EndingKind.STOPPED, detail="the send in hand did not end in time"),
+    Exit.CONNECTION_ENDED: Ending(EndingKind.LOST, Reason.CONNECTION_FAILED),
+    Exit.SEND_HUNG: Ending(EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT, "a send got no answer"),
+    Exit.LOCKED: _crashed("another process holds this session"),
+    Exit.ORPHANED: _crashed("its supervisor was gone"),
+    Exit.UNSAFE: Ending(EndingKind.REFUSED, detail="this environment could reach the real network"),
+    Exit.STORE_BROKEN: Ending(EndingKind.REFUSED, detail="its credentials or ledger are unusable"),
+    2: _crashed("the Go runtime ended the process"),  # as 413 does
+}

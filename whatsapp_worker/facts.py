@@ -39,6 +39,18 @@ class Disconnected(Fact):
 
 
 @dataclass(frozen=True, slots=True)
+class NotConnected(Fact):
+    """The socket has been down for longer than a reconnect takes, and no event said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Silent(Fact):
+    """The socket is up, and nothing came through it for `age_s` seconds."""
+
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoggedOut(Fact):
     """The credentials are dead; whatsmeow has deleted them. `reason` is neonize's word."""
 

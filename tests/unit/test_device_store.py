@@ -1,0 +1,109 @@
+"""Reading neonize's database file: credentials, what was handed over, and adopting a pairing."""
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+
+from whatsapp_worker import device_store
+from whatsapp_worker.device_store import DeviceStoreBroken
+
+JID = "5511999990001:3@s.whatsapp.net"
+
+
+def make(path, *, jid=JID, secrets=()):
+    """The part of whatsmeow's schema that is read, as neonize 0.5.2 creates it."""
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(
+            """
+            CREATE TABLE whatsmeow_device (jid TEXT PRIMARY KEY, lid TEXT,
+                push_name TEXT NOT NULL DEFAULT '', platform TEXT NOT NULL DEFAULT '');
+            CREATE TABLE whatsmeow_message_secrets (our_jid TEXT, chat_jid TEXT, sender_jid TEXT,
+                message_id TEXT, key bytea NOT NULL,
+                PRIMARY KEY (our_jid, chat_jid, sender_jid, message_id));
+            """
+        )
+        if jid:
+            row = (jid, "777@lid", "Sales", "android")
+            database.execute("INSERT INTO whatsmeow_device VALUES (?, ?, ?, ?)", row)
+        for number, secret in enumerate(secrets):
+            row = (jid, "1@lid", jid, f"3EB{number}", secret)
+            database.execute("INSERT INTO whatsmeow_message_secrets VALUES (?, ?, ?, ?, ?)", row)
+        database.commit()
+    return path
+
+
+def test_a_file_tells_whose_credentials_it_holds(tmp_path):
+    who = device_store.identity(make(tmp_path / "device.db"))
+    assert (who.jid, who.lid, who.push_name) == (JID, "777@lid", "Sales")
+    assert who.phone == "5511999990001"
+
+
+def test_no_file_and_no_credentials_are_the_same_answer(tmp_path):
+    assert device_store.identity(tmp_path / "none.db") is None
+    assert device_store.identity(make(tmp_path / "device.db", jid=None)) is None
+    (tmp_path / "empty.db").touch()
+    assert device_store.identity(tmp_path / "empty.db") is None
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_file_that_is_no_database_is_broken(tmp_path):
+    (tmp_path / "device.db").write_bytes(b"no database at all" * 100)
+    for look in (device_store.identity, lambda path: device_store.handed_over(path, [b"x"])):
+        with pytest.raises(DeviceStoreBroken, match=r"device\.db"):
+            look(tmp_path / "device.db")
+    assert device_store.check(tmp_path / "device.db")
+
+
+def test_only_secrets_that_were_handed_over_are_found(tmp_path):
+    secrets = [bytes([number % 256, number // 256]) * 16 for number in range(1200)]
+    path = make(tmp_path / "device.db", secrets=secrets[:1100])
+    found = device_store.handed_over(path, secrets)
+    assert len(found) == 1100
+    assert found[secrets[7]] == "3EB7"
+    assert secrets[1100] not in found
+    assert device_store.handed_over(path, []) == {}
+    assert device_store.handed_over(tmp_path / "none.db", secrets) == {}
+
+
+def test_adopting_replaces_the_old_credentials_and_their_journal(tmp_path):
+    device, pairing = tmp_path / "device.db", tmp_path / "pairing.db"
+    make(device, jid="1:1@s.whatsapp.net")
+    (tmp_path / "device.db-journal").write_bytes(b"old")
+    make(pairing)
+    assert device_store.adopt(pairing, device).jid == JID
+    assert device_store.identity(device).jid == JID
+    assert device.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device.db"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage" * 200])
+def test_a_failed_pairing_leaves_the_old_credentials_alone(tmp_path, content):
+    device, pairing = make(tmp_path / "device.db"), tmp_path / "pairing.db"
+    if content is not None:
+        pairing.write_bytes(content)
+    with pytest.raises(DeviceStoreBroken):
+        device_store.adopt(pairing, device)
+    assert device_store.identity(device).jid == JID
+
+
+def test_a_transaction_cut_by_a_kill_is_rolled_back_before_adopting(tmp_path):
+    pairing = make(tmp_path / "pairing.db", secrets=[b"x" * 32])
+    killed_while_writing = """
+import os, signal, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")
+database.execute("BEGIN IMMEDIATE")
+database.execute("DELETE FROM whatsmeow_device")
+for number in range(2000):
+    database.execute("INSERT INTO whatsmeow_message_secrets VALUES (?, '', '', ?, ?)",
+                     ("a", str(number), b"y" * 100))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", killed_while_writing, str(pairing)], check=False)
+    assert (tmp_path / "pairing.db-journal").exists()
+    assert device_store.adopt(pairing, tmp_path / "device.db").jid == JID
+    assert device_store.check(tmp_path / "device.db") == []
+    assert device_store.handed_over(tmp_path / "device.db", [b"y" * 100]) == {}
