@@ -33,7 +33,7 @@ def set_name(name: str) -> bool:
 
 
 def start_bound(
-    command: Sequence[str], *, environ: Mapping[str, str], name: str | None = None
+    command: Sequence[str], *, environ: Mapping[str, str]
 ) -> "subprocess.Popen[bytes]":
     """Start a program that gets SIGTERM when the calling thread ends, however that happens.
 
@@ -43,20 +43,8 @@ def start_bound(
     """
     wrapper = [sys.executable, "-m", "whatsapp_worker.process", str(os.getpid()), *command]
     return subprocess.Popen(
-        wrapper,
-        env=dict(environ),
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else 2,
-        start_new_session=True,
+        wrapper, env=dict(environ), stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
     )
-
-
-def _has_fileno(stream: object) -> bool:
-    try:
-        stream.fileno()  # type: ignore[attr-defined]
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True
 
 
 def _become(parent: int, command: Sequence[str]) -> None:

@@ -1,0 +1,206 @@
+"""A small process that has imported everything but neonize, and forks the device processes.
+
+`python -m whatsapp_worker.fork_helper FD`, started by the supervisor with one end of a Unix socket
+pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS); one
+answer a packet. It stays single-threaded, so that a fork is safe, and never loads neonize, since
+a forked Go runtime hangs. At the end of its socket it exits; its children go on, since each hangs
+on its own channel, and the supervisor adopts them.
+
+    request  {"run": id, "kind": "device" | "pairing", "session": ..., "settings": {...}, "args": {}}
+    answers  {"forked": id, "pid": n}    {"failed": id, "problem": "..."}
+             {"exited": pid, "status": wait status}    {"ready": true}
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from whatsapp_worker import process, telemetry
+from whatsapp_worker.reports import Channel, Exit
+from whatsapp_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PACKET = 65_536
+
+# What the children will need, neonize's own needs included. Missing ones cost a child time only.
+PRELOAD = (
+    "whatsapp_worker.device_process",
+    "whatsapp_worker.pairing",
+    "jobs.outbound",
+    "google.protobuf.message",
+    "google.protobuf.descriptor_pool",
+    "google.protobuf.internal.builder",
+    "google.protobuf.internal.enum_type_wrapper",
+    "google.protobuf.json_format",
+    "segno",
+    "magic",
+    "phonenumbers",
+    "PIL.Image",
+    "PIL.ImageSequence",
+    "linkpreview",
+    "requests",
+    "httpx",
+    "bs4",
+    "tqdm",
+    "asyncio",
+    "concurrent.futures",
+    "multiprocessing.pool",
+    "sqlite3",
+    "uuid",
+)
+
+
+def encode_settings(settings: Settings) -> dict[str, Any]:
+    """Settings as they travel to the helper; not through the environment, which Go reads too."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+    }
+
+
+def decode_settings(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `encode_settings`."""
+    known: dict[str, Any] = {
+        field.name: values[field.name] for field in fields(Settings) if field.name in values
+    }
+    known["data_dir"] = Path(known["data_dir"])
+    known["reconnect_waits_s"] = tuple(known["reconnect_waits_s"])
+    return Settings(**known)
+
+
+class ForkHelper:
+    """The loop: fork on request, reap, report."""
+
+    def __init__(self, sock: socket.socket, *, children: Mapping[str, Callable[..., Any]]) -> None:
+        """`children` maps a kind to its main function: (session, channel, settings, **args)."""
+        self._sock = sock
+        self._children = children
+
+    def run(self) -> None:
+        """Serve until the supervisor is gone. SIGCHLD wakes the wait."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        os.set_blocking(wake_read, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._wake = (wake_read, wake_write)
+        self._say(ready=True)
+        while True:
+            readable, _, _ = select.select([self._sock, wake_read], [], [])
+            if wake_read in readable:
+                os.read(wake_read, 4096)
+                self._reap()
+            if self._sock in readable and not self._serve():
+                return
+
+    def _serve(self) -> bool:
+        data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET, 1)
+        if not data:
+            return False
+        request = json.loads(data)
+        try:
+            pid = self._fork(request, descriptors[0])
+        except OSError as error:
+            self._say(failed=request["run"], problem=str(error))
+        else:
+            self._say(forked=request["run"], pid=pid)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _fork(self, request: dict[str, Any], descriptor: int) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._become(request, descriptor)
+        return pid
+
+    def _become(self, request: dict[str, Any], descriptor: int) -> None:
+        """In the child: shed what is the helper's, and run; never returns."""
+        code = Exit.CRASHED
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._sock.close()
+            for fd in self._wake:
+                os.close(fd)
+            main = self._children[request["kind"]]
+            settings = decode_settings(request["settings"])
+            channel = Channel(socket.socket(fileno=descriptor))
+            main(request["session"], channel, settings, **request["args"])
+            code = Exit.OK
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else Exit.CRASHED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._say(exited=pid, status=status)
+
+    def _say(self, **answer: Any) -> None:
+        """A supervisor that is gone hears nothing; the end of file is noticed next."""
+        with contextlib.suppress(OSError):
+            self._sock.send(json.dumps(answer).encode())
+
+
+def preload() -> None:
+    """Import what children need and set it aside from the garbage collector, which would touch,
+    and so copy, every page in every child."""
+    for name in PRELOAD:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            log.debug("fork_helper.not_preloaded", extra={"module": name, "problem": str(error)})
+    if "neonize" in sys.modules:
+        raise RuntimeError("the fork helper has loaded neonize: its children would hang")
+    if threading.active_count() != 1:
+        raise RuntimeError(f"the fork helper has threads: {threading.enumerate()}")
+    gc.collect()
+    gc.freeze()
+
+
+def main(descriptor: int) -> int:
+    """Entry point of the process."""
+    telemetry.set_up(Settings.read(os.environ))
+    process.set_name("wa-forker")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)  # neonize prints on stdout, which belongs to commands
+    preload()
+    from whatsapp_worker import device_process, pairing
+
+    children = {"device": device_process.main, "pairing": pairing.main}
+    ForkHelper(socket.socket(fileno=descriptor), children=children).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

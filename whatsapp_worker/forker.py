@@ -1,0 +1,105 @@
+"""The supervisor's side of the fork helper: starts it, asks it to fork, hears what it reaped."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from whatsapp_worker.fork_helper import PACKET
+
+COMMAND = (sys.executable, "-m", "whatsapp_worker.fork_helper")
+
+
+class ForkerGone(Exception):
+    """The helper cannot be asked now; a new one will come."""
+
+
+class Forker:
+    """One fork helper process. When it dies, its children live on: make a new Forker."""
+
+    def __init__(self, environ: Mapping[str, str], *, command: Sequence[str] = COMMAND) -> None:
+        """Start it. It answers `ready` when it has imported everything.
+
+        Args:
+            environ: What it is exec'd with, and so what Go sees in its children.
+            command: Its program; gets the descriptor of its socket as last argument.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(1.0)
+        descriptor = theirs.fileno()
+        self._process = subprocess.Popen(
+            [*command, str(descriptor)],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            pass_fds=[descriptor],
+            start_new_session=True,  # Ctrl-C in a terminal is the supervisor's alone
+        )
+        theirs.close()
+        self._sock = ours
+        self.is_ready = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(self, request: dict[str, Any], descriptor: int) -> None:
+        """Ask for a child that gets this descriptor; the answer comes through `hear`.
+
+        Raises:
+            ForkerGone: It is dead or does not read (transient).
+        """
+        try:
+            socket.send_fds(self._sock, [json.dumps(request).encode()], [descriptor])
+        except OSError as error:
+            raise ForkerGone(str(error)) from error
+
+    def hear(self) -> list[dict[str, Any]]:
+        """Its answers that wait, without blocking."""
+        answers = []
+        while True:
+            try:
+                data = self._sock.recv(PACKET, socket.MSG_DONTWAIT)
+            except OSError:
+                break
+            if not data:
+                break
+            answers.append(json.loads(data))
+        self.is_ready = self.is_ready or any("ready" in answer for answer in answers)
+        return answers
+
+    def kill(self) -> None:
+        """SIGKILL; `is_running` turns false."""
+        self._process.kill()
+
+    def close(self, *, timeout_s: float) -> None:
+        """Let it go: it ends at the end of its socket."""
+        self._sock.close()
+        try:
+            self._process.wait(max(0.0, timeout_s))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The helper's environment: all of ours, and what Go must find there when it starts."""
+    return {**environ, "NEONIZE_BOT_TAG": "off", "PYTHONUNBUFFERED": "1"} | _import_path(environ)
+
+
+def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """Make this very package importable where it runs from a folder that is not installed."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {} if here in paths else {"PYTHONPATH": os.pathsep.join([*paths, here])}

@@ -1,0 +1,132 @@
+"""Keeps the queues that nobody consumes: jobs of unknown and deleted sessions end within seconds.
+
+A thread of the supervisor, since Redis may be slow or down. It never sends.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Set
+
+from redis import Redis, RedisError
+from rq import Queue
+
+from storage.errors import StorageError
+from storage.sessions import Sessions
+from whatsapp_worker import outbox
+from whatsapp_worker.keys import OUTBOUND_PREFIX, session_of_queue
+from whatsapp_worker.stream import EventStream
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 2.0
+JOBS_A_SWEEP = 2000
+TRIM_EVERY = 30  # sweeps
+
+
+class Keeper:
+    """Sweeps every two seconds, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        *,
+        redis: Redis,
+        stream: EventStream,
+        sessions: Sessions,
+        consumed: Callable[[], Set[str]],
+        result_ttl_s: float,
+    ) -> None:
+        """
+        Args:
+            redis: A connection of its own.
+            sessions: An instance of its own.
+            consumed: The sessions that have a device process now; their queues are left alone.
+            result_ttl_s: `RESULT_TTL_S`.
+        """
+        self._redis = redis
+        self._stream = stream
+        self._sessions = sessions
+        self._consumed = consumed
+        self._result_ttl_s = result_ttl_s
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, *, timeout_s: float) -> bool:
+        """End after the batch in hand; whether that was done in time."""
+        self._leave.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        sweeps, was_down = 0, False
+        while not self._leave.wait(SWEEP_S):
+            try:
+                self.sweep()
+                if sweeps % TRIM_EVERY == 0:
+                    self._stream.trim()
+                sweeps += 1
+                was_down = False
+            except RedisError as error:
+                if not was_down:
+                    log.warning("redis.unavailable", extra={"problem": str(error)})
+                was_down = True
+            except Exception:
+                log.exception("keeper.sweep_failed")
+
+    def sweep(self) -> int:
+        """Fail the jobs that no session will ever send; how many.
+
+        Raises:
+            RedisError: Redis did not answer (transient).
+        """
+        left = JOBS_A_SWEEP
+        for queue in self._waiting_queues():
+            error = self._verdict(queue)
+            if error and left > 0 and not self._leave.is_set():
+                left -= self._fail(queue, error, left)
+        return JOBS_A_SWEEP - left
+
+    def _fail(self, queue: str, error: str, limit: int) -> int:
+        failed = outbox.fail_queue(
+            self._redis,
+            queue,
+            error,
+            stream=self._stream,
+            result_ttl_s=self._result_ttl_s,
+            limit=min(500, limit),
+        )
+        if failed:
+            log.info("queue.failed", extra={"queue": queue, "jobs": failed, "error": error})
+        return failed
+
+    def _waiting_queues(self) -> list[str]:
+        """Our queues that hold something, popped jobs included."""
+        prefix = Queue.redis_queue_namespace_prefix
+        keys = [key.decode() for key in self._redis.smembers(Queue.redis_queues_keys)]  # type: ignore[union-attr]
+        names = sorted(key.removeprefix(prefix) for key in keys)
+        names = [name for name in names if name.startswith(OUTBOUND_PREFIX)]
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in names:
+            pipeline.exists(f"{prefix}{name}", f"{prefix}{name}:intermediate")
+        return [name for name, there in zip(names, pipeline.execute(), strict=True) if there]
+
+    def _verdict(self, queue: str) -> str | None:
+        """What to tell the jobs of this queue; None when they may still be sent."""
+        found = session_of_queue(queue)
+        if found is None:
+            return "unknown session"
+        session = found[0]
+        if session in self._consumed():
+            return None
+        try:
+            if self._sessions.tombstones.find(session):
+                return "session deleted"
+            wanted = self._sessions.wanted(session)
+        except StorageError as error:  # a record that cannot be read is not an unknown session
+            log.warning("session.unreadable", extra={"session": session, "problem": str(error)})
+            return None
+        if wanted is None:
+            return "unknown session"
+        return "session deleted" if wanted.run == "delete" else None
