@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whatsapp_worker.sandbox.media import Media, MediaUnavailable, e2e
+from whatsapp_worker.sandbox.media import MAX_FILE_BYTES, Media, MediaUnavailable, e2e
+from whatsapp_worker.sandbox.websocket import ProtocolViolation, Request
 
 
 @pytest.fixture
@@ -140,6 +141,41 @@ def test_a_response_is_whole_http(media: Media) -> None:
     head, _, body = media.answer("GET", told["direct_path"], b"").to_bytes().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"Content-Length: 4" in head
     assert body == b"body"
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+
+def test_a_request_is_answered_once_its_body_is_whole(media: Media) -> None:
+    body, transport, buffer, done = b"abc" * 100, Transport(), bytearray(), []
+    token = base64.urlsafe_b64encode(hashlib.sha256(body).digest()).decode()
+    request = Request("POST", f"/mms/image/{token}", {"content-length": str(len(body))})
+    step = media.step(request, buffer, transport, lambda: done.append(1))  # type: ignore[arg-type]
+    buffer += body[:-1]
+    assert step() is False and not transport.written
+    buffer += body[-1:] + b"GET / HTTP/1.1"
+    assert step() is True and done == [1]
+    assert transport.written.startswith(b"HTTP/1.1 200 OK")
+    assert buffer == b"GET / HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-length": "-1"},
+        {"content-length": "x"},
+        {"content-length": str(MAX_FILE_BYTES + 1)},
+        {"transfer-encoding": "chunked"},
+    ],
+)
+def test_a_body_of_unknown_or_huge_size_is_refused(media: Media, headers: dict[str, str]) -> None:
+    with pytest.raises(ProtocolViolation):
+        media.step(Request("POST", "/", headers), bytearray(), Transport(), int)  # type: ignore[arg-type]
 
 
 @given(
