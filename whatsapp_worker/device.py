@@ -2,20 +2,61 @@
 
 neonize is imported by `Device.load`, never at import of this file: the fork helper imports this
 file, and a process forked from one that has loaded neonize has no Go runtime.
+
+neonize keeps its clients in Go maps without a lock. One process builds one client, connects it
+once, never stops it and ends by `os._exit`, so nothing ever writes those maps beside a reader:
+until the first event came through, `is_connected` does not ask.
 """
 
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whatsapp_worker import facts
 from whatsapp_worker.errors import SendError
-from whatsapp_worker.facts import Fact
+from whatsapp_worker.facts import Fact, ReceiptKind
 from whatsapp_worker.settings import Network
+
+log = logging.getLogger(__name__)
+
+LINKED_DEVICE_NAME = "whatsapp-worker"  # what the phone's list of linked devices shows
+
+_NUMBERS = re.compile(r"\d{6,}")
+_LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.DEBUG, "WARN": logging.WARNING}
+
+# neonize's receipt types; `inactive` (9) is a delivery to a device whose user is elsewhere.
+_RECEIPTS = {
+    1: ReceiptKind.DELIVERED,
+    9: ReceiptKind.DELIVERED,
+    4: ReceiptKind.READ,
+    6: ReceiptKind.PLAYED,
+}
+# Field of WhatsApp's Message to the Cloud API's word for it.
+_INBOUND_TYPES = {
+    "conversation": "text",
+    "extendedTextMessage": "text",
+    "imageMessage": "image",
+    "videoMessage": "video",
+    "audioMessage": "audio",
+    "documentMessage": "document",
+    "stickerMessage": "sticker",
+    "locationMessage": "location",
+    "contactMessage": "contacts",
+    "contactsArrayMessage": "contacts",
+    "reactionMessage": "reaction",
+}
 
 
 class SendFailed(SendError):
-    """`send_message` raised; the text is neonize's, `send_errors.py` says what it means."""
+    """neonize raised; the text is neonize's, `send_errors.py` says what it means for a send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +90,58 @@ class Device:
             on_fact: Called on neonize's event thread with every fact; must return at once.
             jid: Whose credentials to resume; None pairs a new device.
         """
-        raise NotImplementedError
+        self._database = database
+        self._session = session
+        self._network = network
+        self._on_fact = on_fact
+        self._jid = jid
+        self._client: Any = None
+        self._message: Any = None  # neonize's Message class
+        self._jid_class: Any = None
+        self._is_live = False
+        self._handling_since: float | None = None
 
     def load(self) -> None:
-        """Import neonize and build the client. Raises SandboxUnsafe before anything can dial."""
-        raise NotImplementedError
+        """Import neonize and build the client.
+
+        Raises:
+            SandboxUnsafe: Sandbox mode, and this process could reach WhatsApp; nothing dialled.
+        """
+        if self._network == "sandbox":
+            from whatsapp_worker.sandbox import patch
+
+            patch.check_environment(os.environ)
+        import neonize.client as library
+        from neonize._binder import gocode
+
+        if self._network == "sandbox":
+            patch.trust_sandbox(gocode)
+        self._quieten(library)
+        self._message = library.Message
+        self._jid_class = library.JID
+        self._client = library.NewClient(
+            str(self._database),
+            jid=self._parse_jid(self._jid) if self._jid else None,
+            props=library.DeviceProps(
+                os=LINKED_DEVICE_NAME, platformType=library.DeviceProps.DESKTOP
+            ),
+            uuid=self._session,
+            new_device=self._jid is None,
+        )
+        self._subscribe()
 
     def connect_in_thread(self) -> None:
-        """Dial and log in on a thread of its own; facts tell the rest."""
-        raise NotImplementedError
+        """Dial and log in (or show codes) on a thread of its own; facts tell the rest."""
+        threading.Thread(target=self._connect, name="neonize-connect", daemon=True).start()
 
     def is_connected(self) -> bool:
         """Whether the socket is up; safe at any time, true for a deaf connection too."""
-        raise NotImplementedError
+        return self._is_live and bool(self._client.is_connected)
+
+    def handling_s(self) -> float:
+        """For how long the event thread has been in the handler of one event; 0 when it is not."""
+        since = self._handling_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def send(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> SendAck:
         """Send one message and wait for the server's acknowledgement (blocks up to 75 s).
@@ -74,11 +154,26 @@ class Device:
         Raises:
             SendFailed: neonize's text, for `send_errors.py`.
         """
-        raise NotImplementedError
+        message = self._message(conversation=content["text"]["body"])
+        message.messageContextInfo.messageSecret = secret
+        try:
+            answer = self._client.send_message(self._parse_jid(recipient), message)
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+        return SendAck(answer.ID, recipient.partition("@")[0], float(answer.Timestamp))
 
     def pair_phone(self, phone: str) -> str:
-        """Ask for a pairing code (ABCD-EFGH) for this phone's digits; after the first QrCode."""
-        raise NotImplementedError
+        """Ask for a pairing code (ABCD-EFGH) for this phone's digits; after the first QrCode.
+
+        Raises:
+            SendFailed: WhatsApp gave none.
+        """
+        from neonize.utils.enum import ClientType
+
+        try:
+            return str(self._client.PairPhone(phone, True, client_type=ClientType.CHROME))
+        except Exception as error:
+            raise SendFailed(str(error)) from error
 
     def logout(self) -> None:
         """Tell WhatsApp to forget this device and delete the credentials. Blocks.
@@ -86,4 +181,191 @@ class Device:
         Raises:
             SendFailed: WhatsApp did not confirm it.
         """
-        raise NotImplementedError
+        try:
+            self._client.logout()
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+
+    def _connect(self) -> None:
+        error = ""
+        try:
+            self._client.connect()
+        except BaseException as raised:  # this thread has nobody else to tell
+            error = str(raised) or type(raised).__name__
+        self._on_fact(facts.ConnectReturned(error))
+
+    def _subscribe(self) -> None:
+        """Translate and hand over: handlers run one after another on one thread, and a slow one
+        stalls every event behind it. neonize holds functions strongly, bound methods weakly."""
+        import neonize.events as events
+
+        translations: dict[Any, Callable[[Any], Fact | None]] = {
+            events.PairStatusEv: _pair_status,
+            events.ConnectedEv: self._logged_in,
+            events.KeepAliveTimeoutEv: _keep_alive_timeout,
+            events.KeepAliveRestoredEv: lambda event: facts.KeepAliveRestored(),
+            events.LoggedOutEv: _logged_out,
+            events.StreamReplacedEv: lambda event: facts.StreamReplaced(),
+            events.TemporaryBanEv: _temporary_ban,
+            events.ConnectFailureEv: _connect_failure,
+            events.ClientOutdatedEv: lambda event: facts.ClientOutdated(),
+            events.StreamErrorEv: lambda event: facts.StreamError(event.Code),
+            events.DisconnectedEv: lambda event: facts.Disconnected(),
+            events.ReceiptEv: _receipt,
+            events.MessageEv: _inbound,
+        }
+        for kind, translate in translations.items():
+            self._client.event(kind)(self._handler(translate))
+        self._client.qr(self._handler(lambda code: facts.QrCode(code.decode())))
+        status = self._handler(lambda text: facts.LinkStatus(text.decode()))
+        # neonize prints the address of this string and offers no hook: why a link attempt ended
+        # (timeout, error, outdated) is said here and nowhere else.
+        self._client._NewClient__onLoginStatus = lambda _, at: status(None, ctypes.string_at(at))
+
+    def _handler(self, translate: Callable[[Any], Fact | None]) -> Callable[[Any, Any], None]:
+        def handle(_client: Any, event: Any) -> None:
+            self._is_live = True
+            self._handling_since = time.monotonic()
+            try:
+                fact = translate(event)
+                if fact is not None:
+                    self._on_fact(fact)
+            except Exception:  # ctypes would swallow it
+                log.exception("device.event_failed", extra={"session": self._session})
+            finally:
+                self._handling_since = None
+
+        return handle
+
+    def _logged_in(self, _event: Any) -> Fact:
+        if (me := self._client.me) is not None:
+            who = facts.Identity(_jid_text(me.JID), _jid_text(me.LID), me.PushName, me.Platform)
+            self._on_fact(who)
+        return facts.Connected()
+
+    def _parse_jid(self, text: str) -> Any:
+        """neonize's JID of `user[.agent][:device]@server`."""
+        user, _, server = text.partition("@")
+        user, _, device = user.partition(":")
+        agent = "0"
+        if device:
+            user, _, agent = user.partition(".")
+        return self._jid_class(
+            User=user,
+            Server=server,
+            Device=int(device or 0),
+            RawAgent=int(agent or 0),
+            Integrator=0,
+            IsEmpty=False,
+        )
+
+    def _quieten(self, library: Any) -> None:
+        """Its log lines without phone numbers and with the session's name; no talk of ffmpeg."""
+        logging.getLogger("neonize.utils.ffmpeg").setLevel(logging.ERROR)
+        is_debug = logging.getLogger().isEnabledFor(logging.DEBUG)
+        library.log.setLevel(logging.DEBUG if is_debug else logging.WARNING)
+        library.log_whatsmeow = _log_writer(self._session)
+
+
+def _log_writer(session: str) -> Callable[[int, int], None]:
+    """A callback for whatsmeow's log lines; runs on its threads."""
+    from neonize.proto.Neonize_pb2 import LogEntry
+
+    def write(address: int, size: int) -> None:
+        with contextlib.suppress(Exception):
+            entry = LogEntry.FromString(ctypes.string_at(address, size))
+            facts = {"session": session, "part": entry.Name, "text": redacted(entry.Message)}
+            log.log(_LEVELS.get(entry.Level, logging.WARNING), "device.client_log", extra=facts)
+
+    return write
+
+
+def redacted(text: str) -> str:
+    """neonize's words without phone numbers; for logs and people."""
+    return _NUMBERS.sub("...", text)
+
+
+def _jid_text(jid: Any) -> str:
+    agent = f".{jid.RawAgent}" if jid.RawAgent else ""
+    device = f":{jid.Device}" if jid.Device or agent else ""
+    return f"{jid.User}{agent}{device}@{jid.Server}" if jid.User else str(jid.Server)
+
+
+def _enum_name(event: Any, field: str) -> str:
+    """The word of an enum field; `unknown` when it is not set."""
+    if not event.HasField(field):
+        return "unknown"
+    kind = event.DESCRIPTOR.fields_by_name[field].enum_type
+    return str(kind.values_by_number[getattr(event, field)].name)
+
+
+def _pair_status(event: Any) -> Fact:
+    if event.Error:
+        return facts.PairFailed(event.Error)
+    return facts.Paired(_jid_text(event.ID), event.Platform)
+
+
+def _keep_alive_timeout(event: Any) -> Fact:
+    return facts.KeepAliveTimeout(int(event.ErrorCount), float(event.LastSuccess))
+
+
+def _logged_out(event: Any) -> Fact:
+    return facts.LoggedOut(bool(event.OnConnect), _enum_name(event, "Reason"))
+
+
+def _temporary_ban(event: Any) -> Fact:
+    return facts.TemporaryBan(_enum_name(event, "Code"), float(event.Expire))
+
+
+def _connect_failure(event: Any) -> Fact:
+    return facts.ConnectFailure(_enum_name(event, "Reason"), event.Message)
+
+
+def _receipt(event: Any) -> Fact | None:
+    kind = _RECEIPTS.get(event.Type)
+    source = event.MessageSource
+    if kind is None or source.IsFromMe:
+        return None
+    return facts.Receipt(
+        kind=kind,
+        wa_message_ids=tuple(event.MessageIDs),
+        chat=_jid_text(source.Chat),
+        sender=_jid_text(source.Sender),
+        phone=_phone(source),
+        at=_seconds(event.Timestamp),
+    )
+
+
+def _inbound(event: Any) -> Fact | None:
+    source = event.Info.MessageSource
+    if source.IsFromMe:
+        return None
+    fields = {field.name for field, _ in event.Message.ListFields()}
+    types = [word for field, word in _INBOUND_TYPES.items() if field in fields]
+    if not types and not fields - {"messageContextInfo", "senderKeyDistributionMessage"}:
+        return None  # keys for a group, no message
+    if "protocolMessage" in fields:
+        return None
+    return facts.Inbound(
+        wa_message_id=event.Info.ID,
+        chat=_jid_text(source.Chat),
+        sender=_jid_text(source.Sender),
+        phone=_phone(source),
+        push_name=event.Info.Pushname,
+        type=types[0] if types else "unsupported",
+        text=event.Message.conversation or event.Message.extendedTextMessage.text,
+        at=_seconds(event.Info.Timestamp),
+    )
+
+
+def _phone(source: Any) -> str:
+    """The sender's digits: Sender is usually a LID and SenderAlt the number."""
+    for jid in (source.SenderAlt, source.Sender):
+        if jid.Server == "s.whatsapp.net":
+            return str(jid.User)
+    return ""
+
+
+def _seconds(timestamp: int) -> float:
+    """neonize gives seconds for some events and milliseconds for others."""
+    return timestamp / 1000 if timestamp > 100_000_000_000 else float(timestamp)

@@ -118,6 +118,11 @@ def of_exit(returncode: int, said: Ending | None) -> Ending:
     return _BY_EXIT.get(returncode) or _crashed(f"exit code {returncode}")
 
 
+def refused(detail: str) -> Ending:
+    """This host or environment cannot run the session; a person must act."""
+    return Ending(EndingKind.REFUSED, Reason.CANNOT_RUN, detail)
+
+
 def _logged_out(reason: str) -> Ending:
     gone = reason == "MAIN_DEVICE_GONE"
     why = Reason.MAIN_DEVICE_GONE if gone else Reason.LOGGED_OUT
@@ -163,7 +168,7 @@ _BY_EXIT = {
     Exit.SEND_HUNG: Ending(EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT, "a send got no answer"),
     Exit.LOCKED: _crashed("another process holds this session"),
     Exit.ORPHANED: _crashed("its supervisor was gone"),
-    Exit.UNSAFE: Ending(EndingKind.REFUSED, detail="this environment could reach the real network"),
-    Exit.STORE_BROKEN: Ending(EndingKind.REFUSED, detail="its credentials or ledger are unusable"),
+    Exit.UNSAFE: refused("this environment could reach the real network"),
+    Exit.STORE_BROKEN: refused("its credentials or ledger are unusable"),
     2: _crashed("the Go runtime ended the process"),  # as 413 does
 }

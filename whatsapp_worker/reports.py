@@ -7,6 +7,7 @@ means that the other process is gone: a device process then ends by itself withi
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ MAX_LINE = 1_048_576  # bytes; a longer line is no report of ours
 #              threads sent idle queue{state,reason,until,depth}
 #   failure    breaker failures and other facts that the supervisor keeps or alerts on:
 #              kind + details
-#   ended      ending (see endings.py), detail, code, expires_at; the last word before os._exit
+#   ended      ending: {kind, reason, detail, until} (endings.Ending.report); the last word
 # Supervisor to device, under the key "order":
 #   stop       drain_s          leave after the send in hand
 #   logout                      log out at WhatsApp, then leave
@@ -50,8 +51,13 @@ class Channel:
     """One end of the socket pair. `send` may be called from any thread and never blocks long."""
 
     def __init__(self, sock: socket.socket, *, send_timeout_s: float = 5.0) -> None:
+        # Python's own time-out would make `receive` wait too: the kernel's is for sends alone.
+        sock.setblocking(True)
+        whole_s, part_s = divmod(send_timeout_s, 1)
+        timeval = struct.pack("@ll", int(whole_s), int(part_s * 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._sock = sock
-        self._send_timeout_s = send_timeout_s
+        self._is_broken = False  # half a line went out: what follows could not be read
         self._buffer = b""
         self._lock = threading.Lock()
 
@@ -65,10 +71,12 @@ class Channel:
         """Say one thing; False when the other end is gone or did not read for the time-out."""
         line = json.dumps(message, separators=(",", ":"), default=str).encode() + b"\n"
         with self._lock:
+            if self._is_broken:
+                return False
             try:
-                self._sock.settimeout(self._send_timeout_s)
                 self._sock.sendall(line)
             except OSError:
+                self._is_broken = True
                 return False
         return True
 
