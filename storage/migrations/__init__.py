@@ -1,0 +1,1 @@
+"""Alembic's migrations of the ledger. Loaded only when an older ledger must be upgraded."""
