@@ -126,6 +126,10 @@ class Contacts:
         """The public identity key (32 bytes) of a contact."""
         return self._party(phone).identity.public
 
+    def identity_pair(self, phone: str) -> KeyPair:
+        """The identity key of a number's own phone, which signs the devices that it links."""
+        return self._party(phone).identity
+
     def bundle(self, phone: str) -> Bundle:
         """Keys for a first message to a contact, with a fresh one-time prekey each call."""
         party = self._party(phone)

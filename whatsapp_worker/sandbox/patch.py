@@ -1,0 +1,162 @@
+"""What makes a process a client of the sandbox network, and of no other.
+
+Loaded in a device process in sandbox mode only, before neonize. WhatsApp's root key is a constant
+in neonize's library; here it is overwritten in this process's memory. Nothing on disk changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import stat
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from whatsapp_worker.errors import SandboxUnsafe
+from whatsapp_worker.sandbox.library import Library, LibraryUnreadable, find_library
+
+WHATSAPP_ROOT = bytes.fromhex("142375574d0a587166aae71ebe516437c4a28b73e3695c6ce1f7f9545da8ee6b")
+ROOT_FILE = "root.pub"
+WHATSAPP_HOSTS = (
+    "web.whatsapp.com",
+    "mmg.whatsapp.net",
+    "static.whatsapp.net",
+    "media.cdn.whatsapp.net",
+    "graph.facebook.com",
+    "rupload.facebook.com",
+)
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Make sure that this process cannot reach the real network.
+
+    Go reads the environment that the process was exec'd with, so that is read too, from
+    `/proc/self/environ`; a process forked from another has the other's.
+
+    Args:
+        environ: What Python sees: `os.environ`.
+
+    Raises:
+        SandboxUnsafe: It could, or would not reach the sandbox; the text says by which variable.
+    """
+    _check(environ)
+    _check(_exec_environment())
+
+
+def trust_sandbox(root_public_key: bytes | None = None, *, environ: Mapping[str, str]) -> None:
+    """Replace WhatsApp's root key in this process's memory, and read it back.
+
+    Call it right after the library was loaded (by importing neonize) and before any client
+    exists. Calling it again changes nothing.
+
+    Args:
+        root_public_key: 32 bytes; None reads `root.pub` beside `SSL_CERT_FILE`.
+        environ: Where `SSL_CERT_FILE` is.
+
+    Raises:
+        SandboxUnsafe: The library is not loaded, or not built as we know it.
+    """
+    root = root_public_key or _read_root(environ)
+    try:
+        library = Library(find_library())
+        address = _load_base(library) + library.only_address_of(WHATSAPP_ROOT)
+    except LibraryUnreadable as error:
+        raise SandboxUnsafe(str(error)) from error
+    present = ctypes.string_at(address, len(WHATSAPP_ROOT))
+    if present not in (WHATSAPP_ROOT, root):
+        raise SandboxUnsafe("neonize's library in memory does not hold WhatsApp's root key")
+    ctypes.memmove(address, root, len(root))
+    if ctypes.string_at(address, len(root)) != root:
+        raise SandboxUnsafe("the root key could not be replaced")
+
+
+def _check(environ: Mapping[str, str]) -> None:
+    for name, value in environ.items():
+        if name.upper() == "ALL_PROXY" and not _is_loopback(value):
+            raise SandboxUnsafe(f"{name} is set to another proxy: unset it")
+        if name.upper() == "NO_PROXY" and _exempts_whatsapp(value):
+            raise SandboxUnsafe(f"{name} lets WhatsApp's hosts bypass the sandbox's proxy: unset it")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        value = environ.get(name)
+        if value is None and name.islower():
+            continue
+        if not _is_loopback(value or ""):
+            raise SandboxUnsafe(
+                f"{name} is not the sandbox's proxy: set it to the http://127.0.0.1:PORT that"
+                " `whatsapp-worker sandbox --env` prints"
+            )
+    if environ.get("https_proxy", environ["HTTPS_PROXY"]) != environ["HTTPS_PROXY"]:
+        raise SandboxUnsafe("https_proxy and HTTPS_PROXY differ: unset the one in lower case")
+    _check_ca(environ.get("SSL_CERT_FILE", ""))
+
+
+def _exempts_whatsapp(no_proxy: str) -> bool:
+    """Whether a NO_PROXY list matches a host that a client asks for, as Go reads such lists."""
+    for entry in no_proxy.lower().split(","):
+        name = entry.strip().partition(":")[0].removeprefix("*").removeprefix(".")
+        if entry.strip() == "*" or (
+            name and any(f".{host}".endswith(f".{name}") for host in WHATSAPP_HOSTS)
+        ):
+            return True
+    return False
+
+
+def _check_ca(value: str) -> None:
+    path = Path(value)
+    if not value or not path.is_file() or not (path.parent / ROOT_FILE).is_file():
+        raise SandboxUnsafe(
+            "SSL_CERT_FILE is not the ca.pem of a sandbox's state folder:"
+            " set it to what `whatsapp-worker sandbox --env` prints"
+        )
+    if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SandboxUnsafe(f"{path.parent} can be written by others: chmod 700 it")
+
+
+def _is_loopback(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme == "http"
+            and parts.port is not None
+            and parts.hostname is not None
+            and ip_address(parts.hostname).is_loopback
+        )
+    except ValueError:
+        return False
+
+
+def _exec_environment() -> dict[str, str]:
+    """The environment that this process was exec'd with, as the kernel keeps it."""
+    try:
+        content = Path("/proc/self/environ").read_bytes()
+    except OSError as error:
+        raise SandboxUnsafe(f"/proc/self/environ cannot be read: {error}") from error
+    pairs = (entry.partition("=") for entry in content.decode(errors="replace").split("\0"))
+    return {name: value for name, equals, value in pairs if equals}
+
+
+def _read_root(environ: Mapping[str, str]) -> bytes:
+    path = Path(environ.get("SSL_CERT_FILE", "")).parent / ROOT_FILE
+    try:
+        root = path.read_bytes()
+    except OSError as error:
+        raise SandboxUnsafe(f"{path} cannot be read: {error}") from error
+    if len(root) != len(WHATSAPP_ROOT):
+        raise SandboxUnsafe(f"{path} does not hold a key of 32 bytes")
+    return root
+
+
+def _load_base(library: Library) -> int:
+    """Where the library lies in this process's memory."""
+    path = str(library.path.resolve())
+    bases = [
+        int(line.split("-")[0], 16)
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(path) and line.split()[2] == "00000000"
+    ]
+    if not bases:
+        raise SandboxUnsafe("neonize's library is not loaded in this process")
+    if library.segments[0].offset or library.segments[0].address:
+        raise SandboxUnsafe(f"{path} is laid out in an unknown way")
+    return min(bases)
