@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import logging
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from redis import Redis
-from redis.client import Pipeline
 
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.keys import EVENTS_STREAM
 
-log = logging.getLogger(__name__)
+_TRIM_FROM = 0.8  # parts of EVENTS_MAX
+_TRIM_TO = 0.7
 
 
 def event_id(*parts: object) -> str:
@@ -35,7 +35,8 @@ class EventStream:
             redis: From `redis_client.connect`.
             events_max: `EVENTS_MAX`, the most entries that the stream ever holds.
         """
-        raise NotImplementedError
+        self._redis = redis
+        self._events_max = events_max
 
     def add(
         self, event: Event, session: str, payload: Mapping[str, Any], *, id: str | None = None
@@ -51,11 +52,11 @@ class EventStream:
         Raises:
             redis.RedisError: Not appended, or not known to be (transient: say it again).
         """
-        raise NotImplementedError
+        self.queue(self._redis, event, session, payload, id=id)
 
     def queue(
         self,
-        pipeline: Pipeline,
+        pipeline: Redis,
         event: Event,
         session: str,
         payload: Mapping[str, Any],
@@ -63,10 +64,23 @@ class EventStream:
         id: str | None = None,
     ) -> None:
         """`add` as one command of the caller's pipeline."""
-        raise NotImplementedError
+        pipeline.xadd(
+            EVENTS_STREAM,
+            {
+                "id": id or secrets.token_hex(16),
+                "event": event.value,
+                "session": session,
+                "timestamp_ms": int(time.time() * 1000),
+                "payload": json.dumps(payload, separators=(",", ":")),
+            },
+            maxlen=self._events_max,
+            approximate=False,
+        )
 
     def trim(self) -> float:
         """Drop what every consumer group has read, once the stream is 80 % full.
+
+        Consumers without a group cannot be waited for: they find at least 70 % of EVENTS_MAX.
 
         Returns:
             How full the stream is afterwards, 0 to 1. At 1 the oldest entries are dropped
@@ -75,4 +89,28 @@ class EventStream:
         Raises:
             redis.RedisError: Transient.
         """
-        raise NotImplementedError
+        length = int(self._redis.xlen(EVENTS_STREAM))
+        if length > self._events_max * _TRIM_FROM:
+            surplus = int(length - self._events_max * _TRIM_TO)
+            self._redis.xtrim(EVENTS_STREAM, minid=self._slowest(), approximate=True, limit=surplus)
+            length = int(self._redis.xlen(EVENTS_STREAM))
+        return length / self._events_max
+
+    def _slowest(self) -> str:
+        """The id before which every group has read and acknowledged everything."""
+        ends = []
+        for group in self._redis.xinfo_groups(EVENTS_STREAM):
+            ends.append(_text(group["last-delivered-id"]))
+            if group["pending"]:
+                pending = self._redis.xpending(EVENTS_STREAM, group["name"])
+                ends.append(_text(pending["min"]))
+        return min(ends, key=_order, default=f"{int(time.time() * 1000)}-0")
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode() if isinstance(value, bytes) else value or "0-0"
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    milliseconds, _, sequence = entry_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
