@@ -297,7 +297,7 @@ class Settings:
             rows.append(
                 {
                     "variable": declaration.variable,
-                    "value": _mask(str(value)) if declaration.secret and value else show(value),
+                    "value": mask(str(value)) if declaration.secret and value else show(value),
                     "unit": declaration.unit,
                     "origin": "environment" if given else "default",
                     "default": show(_defaults()[name]),
@@ -325,7 +325,7 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mask(url: str) -> str:
+def mask(url: str) -> str:
     """Keep scheme, host and path of a URL; everybody's credentials become asterisks."""
     parts = urlsplit(url)
     where = parts.hostname or ""

@@ -40,17 +40,21 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(facts, default=str, ensure_ascii=False)
 
 
-def set_up(settings: Settings) -> None:
+def set_up(settings: Settings, *, quiet: bool = False) -> None:
     """Send this process's log lines to stderr; called once, at process entry, before any thread.
 
     Replaces whatever handlers there were, so that a library's basicConfig cannot double lines.
+
+    Args:
+        quiet: Only warnings and worse, for commands that talk to a person.
     """
     formatter = JsonFormatter() if settings.log_format == "json" else EventFormatter()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(settings.log_level)
+    level = logging.getLevelNamesMapping()[settings.log_level]
+    root.setLevel(max(level, logging.WARNING) if quiet else level)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)

@@ -1,0 +1,292 @@
+"""`whatsapp-worker status`: the host, then every session; once, live, or for programs."""
+
+import shutil
+import sys
+import time
+from typing import Any
+
+from storage.errors import StorageError
+from storage.sessions import StateRecord, Wanted
+from whatsapp_worker import keys
+from whatsapp_worker.cli import host as hosts
+from whatsapp_worker.cli.arguments import Options
+from whatsapp_worker.cli.host import Host
+from whatsapp_worker.cli.terminal import columns, duration, emit, moment, paint, printable
+from whatsapp_worker.session import State
+from whatsapp_worker.settings import Settings
+
+WATCH_S = 1.0
+_NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
+_STARTING = "The supervisor has not taken it up yet."
+# States that are only true while a supervisor runs.
+_LIVE = {State.CONNECTED, State.CONNECTING, State.LINKING, State.RECONNECTING}
+_COLOURS = {
+    State.CONNECTED: "green",
+    State.CONNECTING: "yellow",
+    State.LINKING: "yellow",
+    State.RECONNECTING: "yellow",
+    State.UNLINKED: "cyan",
+    State.STOPPED: "dim",
+}
+
+
+def status(options: Options, settings: Settings) -> int:
+    """Serve `status [SESSION]`."""
+    host = Host(settings)
+    if options.session:
+        host.wanted(options.session)
+    if options.watch:
+        return _watch(options, host)
+    print_status(options, gather(host, options.session))
+    return 0
+
+
+def print_status(options: Options, found: dict[str, Any]) -> None:
+    """Show what `gather` found."""
+    if options.json:
+        emit(found)
+    else:
+        print("\n".join(render(found, in_full=bool(options.session))))
+
+
+def _watch(options: Options, host: Host) -> int:
+    while True:
+        found = gather(host, options.session)
+        if options.json or not sys.stdout.isatty():
+            print_status(options, found)
+        else:
+            size = shutil.get_terminal_size()
+            lines = render(found, in_full=bool(options.session))[: size.lines - 1]
+            # Home, then each line cleared to its end, then the rest: no flicker.
+            text = "".join(f"{line}\x1b[K\n" for line in lines)
+            print(f"\x1b[H{text}\x1b[J", end="", flush=True)
+        time.sleep(WATCH_S)
+
+
+def gather(host: Host, session: str | None = None) -> dict[str, Any]:
+    """What there is to know, in the form that `--json` prints.
+
+    Args:
+        host: Of which host.
+        session: Only this one.
+    """
+    supervisor = host.supervisor()
+    redis = hosts.check_redis(host)
+    names = [session] if session else host.sessions.ids()
+    depths = _depths(host, names) if redis["ok"] else {}
+    return {
+        "supervisor": {"alive": supervisor.alive, "pid": supervisor.pid},
+        "redis": redis,
+        "database": hosts.check_database(host.settings),
+        "network": host.settings.network,
+        "data_dir": str(host.settings.data_dir),
+        "sessions": [_row(host, name, supervisor.alive, depths.get(name)) for name in names],
+    }
+
+
+def _depths(host: Host, names: list[str]) -> dict[str, int]:
+    """Jobs that wait or are in hand, by session; empty when Redis does not answer."""
+    import redis
+
+    try:
+        with host.redis(timeout_s=2.0) as client, client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                for high in (False, True):
+                    key = f"rq:queue:{keys.outbound_queue(keys.SessionId(name), high=high)}"
+                    pipeline.llen(key)
+                    pipeline.llen(f"{key}:intermediate")
+            lengths = [int(length) for length in pipeline.execute()]
+    except (redis.RedisError, OSError):
+        return {}
+    return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}
+
+
+def _row(host: Host, name: str, alive: bool, depth: int | None) -> dict[str, Any]:
+    """One session. Without a supervisor nothing is called connected."""
+    try:
+        wanted, state = host.sessions.wanted(name), host.sessions.state(name)
+    except StorageError as error:
+        return _facts(name, State.FAILED, None, str(error), depth)
+    if state is None:
+        sentence = _STARTING if alive else _NO_SUPERVISOR
+        return _facts(name, State.UNLINKED, None, sentence, depth)
+    row = _facts(name, state.state, state.reason, state.sentence, depth) | {
+        "since": state.since,
+        "degraded": state.degraded,
+        "phone": state.phone,
+        "jid": state.jid,
+        "lid": state.lid,
+        "push_name": state.push_name,
+        "attempt": state.attempt,
+        "next_attempt_at": state.next_attempt_at,
+        "banned_until": state.banned_until,
+        "network": wanted.network if wanted else None,
+        "wanted": _wish(wanted),
+    }
+    if not alive:
+        return row | _without_supervisor(state)
+    age = None if state.proof_of_life_at is None else time.time() - state.proof_of_life_at
+    queue = dict(state.queue or {"state": "idle", "reason": None, "until": None})
+    return row | {
+        "pid": state.pid,
+        "rss_mib": state.rss_mib,
+        "queue": queue | {"depth": depth if depth is not None else queue.get("depth")},
+        "proof_of_life_age_s": None if age is None else round(max(0.0, age), 1),
+    }
+
+
+def _facts(
+    name: str, state: str, reason: str | None, sentence: str, depth: int | None
+) -> dict[str, Any]:
+    """Every key of the contract."""
+    return {
+        "session": name,
+        "state": str(state),
+        "reason": reason,
+        "sentence": sentence,
+        "since": None,
+        "degraded": False,
+        "phone": None,
+        "jid": None,
+        "pid": None,
+        "attempt": 0,
+        "queue": {"state": "idle", "reason": None, "until": None, "depth": depth},
+        "proof_of_life_age_s": None,
+        "rss_mib": None,
+    }
+
+
+def _without_supervisor(state: StateRecord) -> dict[str, Any]:
+    if state.state not in _LIVE:
+        return {}
+    return {"state": str(State.STOPPED), "reason": None, "sentence": _NO_SUPERVISOR}
+
+
+def _wish(wanted: Wanted | None) -> str | None:
+    return wanted.run if wanted else None
+
+
+def render(found: dict[str, Any], *, in_full: bool = False) -> list[str]:
+    """The same for people, as lines."""
+    lines = [*_heading(found), ""]
+    if in_full:
+        for row in found["sessions"]:
+            lines += _in_full(row)
+        return lines
+    if not found["sessions"]:
+        return [*lines, "No session yet. Link one: whatsapp-worker link SESSION"]
+    return lines + _table(found["sessions"]) + _sentences(found["sessions"])
+
+
+def _heading(found: dict[str, Any]) -> list[str]:
+    supervisor, redis, database = found["supervisor"], found["redis"], found["database"]
+    alive = supervisor["alive"]
+    rows = [
+        ("supervisor", _mark(alive, f"pid {supervisor['pid']}" if alive else _NO_SUPERVISOR)),
+        (
+            "network",
+            paint(found["network"], *(["yellow"] if found["network"] != "whatsapp" else [])),
+        ),
+        ("redis", _mark(redis["ok"], _redis_words(redis))),
+        ("database", _mark(database["ok"], _database_words(database))),
+        ("data", printable(found["data_dir"])),
+    ]
+    return columns(rows)
+
+
+def _mark(ok: bool, text: str) -> str:
+    return f"{paint('ok', 'green') if ok else paint('problem', 'red', 'bold')}  {printable(text)}"
+
+
+def _redis_words(redis: dict[str, Any]) -> str:
+    if not redis["ok"]:
+        return str(redis["error"])
+    return f"{redis['url']}{' (the supervisor brings it)' if redis['embedded'] else ''}"
+
+
+def _database_words(database: dict[str, Any]) -> str:
+    if database["error"]:
+        return f"{database['url']}: {database['error']}"
+    return database["url"] or "SQLite, one file a session"
+
+
+def _table(sessions: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            row["session"],
+            paint(row["state"], *_style(row)),
+            duration(time.time() - row["since"]) if row["since"] else "-",
+            f"+{printable(row['phone'])}" if row["phone"] else "-",
+            _queue_words(row["queue"]),
+            str(row["pid"] or "-"),
+            f"{row['rss_mib']:.0f} MiB" if row["rss_mib"] else "-",
+            row["reason"] or "",
+        ]
+        for row in sessions
+    ]
+    head = ["SESSION", "STATE", "FOR", "PHONE", "QUEUE", "PID", "MEMORY", "REASON"]
+    return columns(rows, head=head)
+
+
+def _style(row: dict[str, Any]) -> list[str]:
+    if row["degraded"]:
+        return ["yellow"]
+    colour = _COLOURS.get(row["state"], "red")
+    return [colour]
+
+
+def _queue_words(queue: dict[str, Any]) -> str:
+    depth = queue.get("depth")
+    words = "?" if depth is None else f"{depth} waiting" if depth else "empty"
+    state = queue.get("state")
+    if state in (None, "idle", "running"):
+        return words
+    return f"{words}, {state}"
+
+
+def _sentences(sessions: list[dict[str, Any]]) -> list[str]:
+    """What to do next, for those that need somebody or something."""
+    told = [(row["session"], row["sentence"]) for row in sessions if row["sentence"]]
+    if not told:
+        return []
+    if len(told) > 1 and len({sentence for _, sentence in told}) == 1:
+        return ["", printable(told[0][1])]
+    return ["", *(f"{name}: {printable(sentence)}" for name, sentence in told)]
+
+
+def _in_full(row: dict[str, Any]) -> list[str]:
+    since = f" since {moment(row['since'])}" if row["since"] else ""
+    shown: list[tuple[str, str]] = [
+        ("session", paint(row["session"], "bold")),
+        ("state", paint(row["state"], *_style(row)) + since),
+    ]
+    optional: list[tuple[str, Any]] = [
+        ("reason", row["reason"]),
+        ("next", row["sentence"]),
+        ("degraded", "proof of life is overdue" if row["degraded"] else None),
+        ("wanted", row.get("wanted")),
+        ("network", row.get("network")),
+        ("phone", f"+{row['phone']}" if row["phone"] else None),
+        ("jid", row["jid"]),
+        ("lid", row.get("lid")),
+        ("name", row.get("push_name")),
+        ("process", row["pid"]),
+        ("memory", f"{row['rss_mib']:.0f} MiB" if row["rss_mib"] else None),
+        ("attempt", _attempt_words(row)),
+        ("banned", f"until {moment(row['banned_until'])}" if row.get("banned_until") else None),
+        ("queue", _queue_words(row["queue"])),
+        ("proof of life", _age_words(row["proof_of_life_age_s"])),
+    ]
+    shown += [(name, printable(value)) for name, value in optional if value]
+    return columns(shown)
+
+
+def _attempt_words(row: dict[str, Any]) -> str | None:
+    if not row["attempt"]:
+        return None
+    at = row.get("next_attempt_at")
+    return f"{row['attempt']}" + (f", due {moment(at)}" if at else "")
+
+
+def _age_words(age_s: float | None) -> str | None:
+    return None if age_s is None else f"{duration(age_s)} ago"
