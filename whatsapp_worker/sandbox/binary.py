@@ -29,8 +29,8 @@ _NIBBLE_8 = 255
 
 _AD_SERVERS = {0: "s.whatsapp.net", 1: "lid", 128: "hosted", 129: "hosted.lid"}
 _AD_DOMAINS = {server: domain for domain, server in _AD_SERVERS.items()}
-_NIBBLES = "0123456789-.\0\0\0\0"
-_HEX = "0123456789ABCDEF"
+_NIBBLES = tuple(a + b for a in "0123456789-.\0\0\0\0" for b in "0123456789-.\0\0\0\0")
+_HEX = tuple(a + b for a in "0123456789ABCDEF" for b in "0123456789ABCDEF")
 
 
 class MalformedNode(ValueError):
@@ -68,6 +68,7 @@ def lid_jid(lid: str, device: int = 0) -> Jid:
 
 
 Value = str | Jid
+Attrs = dict[str, Value]
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class Node:
     """One element: JIDs in `attrs` stay JIDs, `content` is bytes, children or nothing."""
 
     tag: str
-    attrs: dict[str, Value] = field(default_factory=dict)
+    attrs: Attrs = field(default_factory=dict)
     content: bytes | list[Node] | None = None
 
     @property
@@ -289,10 +290,10 @@ class _Reader:
             self._number(2)  # the integrator, of no use here
         return Jid(user, self._string(), device)
 
-    def _packed(self, alphabet: str) -> str:
+    def _packed(self, alphabet: tuple[str, ...]) -> str:
         start = self._byte()
         packed = self._take(start & 127)
-        text = "".join(alphabet[byte >> 4] + alphabet[byte & 15] for byte in packed)
+        text = "".join([alphabet[byte] for byte in packed])
         return text[:-1] if start & 128 else text
 
     def _bytes(self, kind: int) -> bytes:

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from whatsapp_worker.sandbox import protobufs
-from whatsapp_worker.sandbox.binary import SERVER, Node
+from whatsapp_worker.sandbox.binary import SERVER, Attrs, Node
 from whatsapp_worker.sandbox.model import Device, Link, UnknownTarget, unix_time
 from whatsapp_worker.sandbox.queries import result
 from whatsapp_worker.sandbox.signal import sign
@@ -168,6 +168,7 @@ class PairingSession:
             self._settle("paired")
             log.info("sandbox.device_linked", extra={"device": device.number})
             self.link.send(Node("stream:error", {"code": "515"}))
+            self.link.attempt.end("stream error 515")
             self._network.later(CLOSE_AFTER_S, lambda: self.link.close("stream error 515"))
         else:
             error = node.child("error")
@@ -204,7 +205,7 @@ class PairingSession:
 
     def _request(self, content: Node) -> None:
         self._request_id = secrets.token_hex(8)
-        attrs = {
+        attrs: Attrs = {
             "from": SERVER,
             "type": "set",
             "id": self._request_id,

@@ -7,6 +7,7 @@ in neonize's library; here it is overwritten in this process's memory. Nothing o
 from __future__ import annotations
 
 import ctypes
+import os
 import stat
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -44,25 +45,25 @@ def check_environment(environ: Mapping[str, str]) -> None:
     _check(_exec_environment())
 
 
-def trust_sandbox(root_public_key: bytes | None = None, *, environ: Mapping[str, str]) -> None:
+def trust_sandbox(library: ctypes.CDLL | None = None, root_public_key: bytes | None = None) -> None:
     """Replace WhatsApp's root key in this process's memory, and read it back.
 
     Call it right after the library was loaded (by importing neonize) and before any client
     exists. Calling it again changes nothing.
 
     Args:
+        library: neonize's library as loaded; None takes the installed one.
         root_public_key: 32 bytes; None reads `root.pub` beside `SSL_CERT_FILE`.
-        environ: Where `SSL_CERT_FILE` is.
 
     Raises:
         SandboxUnsafe: The library is not loaded, or not built as we know it.
     """
-    root = root_public_key or _read_root(environ)
+    root = root_public_key or _read_root(os.environ)
     try:
-        library = Library(find_library())
-        address = _load_base(library) + library.only_address_of(WHATSAPP_ROOT)
-    except LibraryUnreadable as error:
-        raise SandboxUnsafe(str(error)) from error
+        file = Library(find_library() if library is None else Path(library._name))
+        address = _load_base(file) + file.only_address_of(WHATSAPP_ROOT)
+    except (LibraryUnreadable, OSError) as error:
+        raise SandboxUnsafe(f"neonize's library cannot be read: {error}") from error
     present = ctypes.string_at(address, len(WHATSAPP_ROOT))
     if present not in (WHATSAPP_ROOT, root):
         raise SandboxUnsafe("neonize's library in memory does not hold WhatsApp's root key")
@@ -76,12 +77,11 @@ def _check(environ: Mapping[str, str]) -> None:
         if name.upper() == "ALL_PROXY" and not _is_loopback(value):
             raise SandboxUnsafe(f"{name} is set to another proxy: unset it")
         if name.upper() == "NO_PROXY" and _exempts_whatsapp(value):
-            raise SandboxUnsafe(f"{name} lets WhatsApp's hosts bypass the sandbox's proxy: unset it")
+            raise SandboxUnsafe(f"{name} lets WhatsApp's hosts bypass the proxy: unset it")
     for name in ("HTTPS_PROXY", "https_proxy"):
-        value = environ.get(name)
-        if value is None and name.islower():
+        if name.islower() and name not in environ:
             continue
-        if not _is_loopback(value or ""):
+        if not _is_loopback(environ.get(name, "")):
             raise SandboxUnsafe(
                 f"{name} is not the sandbox's proxy: set it to the http://127.0.0.1:PORT that"
                 " `whatsapp-worker sandbox --env` prints"

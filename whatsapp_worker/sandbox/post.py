@@ -6,9 +6,10 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from whatsapp_worker.sandbox.binary import Jid, Node, phone_jid
+from whatsapp_worker.sandbox.binary import Attrs, Jid, Node, phone_jid
 from whatsapp_worker.sandbox.faults import How
 from whatsapp_worker.sandbox.model import (
     MAX_IN_FLIGHT,
@@ -82,16 +83,17 @@ class Post:
             row.refused = fault.code
             self._acknowledge(device, link, node, row)
             return
-        if is_new or row.refused is not None:
-            row.refused = None
+        is_taken = row.refused is None and not is_new
+        row.refused = None
+        if fault is None:  # before decrypting, which then costs the sender no time
+            self._acknowledge(device, link, node, row)
+        if not is_taken:
             self._distribute(device, node, row)
         if how is How.DROP_AFTER:
             link.reset("drop_after")
         elif fault is not None and how is How.SLOW:
             self._network.later(fault.delay_s, lambda: self._acknowledge(device, link, node, row))
-        elif how is not How.NO_ACK:
-            self._acknowledge(device, link, node, row)
-        if is_new:
+        if not is_taken:
             self._answer(row)
 
     def take_ack(self, device: Device, node: Node) -> None:
@@ -105,7 +107,7 @@ class Post:
         to = node.jid("to")
         if to is None:
             return
-        attrs = {"class": "receipt", "id": node.text("id"), "from": to}
+        attrs: Attrs = {"class": "receipt", "id": node.text("id"), "from": to}
         if "type" in node.attrs:
             attrs["type"] = node.attrs["type"]
         link.send(Node("ack", attrs))
@@ -139,11 +141,11 @@ class Post:
             self._network.store.add_waiting(device, device.in_flight.values())
             device.in_flight.clear()
 
-    def write(self, sender: str, to: str, text: str) -> list[str]:
+    def write(self, sender: str, to: str, text: str) -> str:
         """A contact writes to all devices of a number.
 
         Returns:
-            The message id, as often as there are devices.
+            The message id.
 
         Raises:
             UnknownTarget: That number has no linked device.
@@ -154,7 +156,7 @@ class Post:
         message_id = "3EB0" + secrets.token_hex(9).upper()
         for device in devices:
             self.deliver(device, self._encrypted(sender, device, text, message_id))
-        return [message_id]
+        return message_id
 
     def receipt(self, message_id: str, step: str) -> int:
         """The contact that a message went to sends a receipt; returns to how many devices.
@@ -216,7 +218,7 @@ class Post:
         target = self._network.device_of(jid)
         if target is None or target is sender:
             return
-        attrs = {
+        attrs: Attrs = {
             "from": self._network.lid(sender.phone, sender.number),
             "id": node.text("id"),
             "type": node.text("type") or "text",
@@ -224,10 +226,9 @@ class Post:
             "addressing_mode": "lid",
         }
         if target.phone == sender.phone:
-            attrs |= {
-                name: node.attrs[name] for name in ("peer_recipient_pn",) if name in node.attrs
-            }
             attrs["recipient"] = node.attrs["to"]
+            if "peer_recipient_pn" in node.attrs:
+                attrs["peer_recipient_pn"] = node.attrs["peer_recipient_pn"]
         else:
             attrs["sender_pn"] = phone_jid(sender.phone)
         if "edit" in node.attrs:
@@ -244,7 +245,7 @@ class Post:
             bundle=None if is_known else self._network.device_bundle(device),
             text=text,
         )
-        attrs = {
+        attrs: Attrs = {
             "from": self._network.lid(sender),
             "id": message_id,
             "type": "text",
@@ -256,7 +257,7 @@ class Post:
         return Node("message", attrs, [Node("enc", {"v": "2", "type": kind}, ciphertext)])
 
     def _acknowledge(self, device: Device, link: Link, node: Node, row: Row | None) -> None:
-        attrs = {
+        attrs: Attrs = {
             "class": "message",
             "id": node.text("id"),
             "from": node.attrs["to"],
@@ -295,14 +296,13 @@ class Post:
             manners = Manners()
         for count, step in enumerate(manners.steps, 1):
             if manners.delay_s > 0:
-                self._network.later(
-                    manners.delay_s * count, lambda step=step: self._send_receipt(row, step)
-                )
+                send = partial(self._send_receipt, row, step)
+                self._network.later(manners.delay_s * count, send)
             else:
                 self._send_receipt(row, step)
 
     def _send_receipt(self, row: Row, step: str) -> None:
-        attrs: dict[str, str | Jid] = {"from": row.to_lid, "id": row.id, "t": unix_time()}
+        attrs: Attrs = {"from": row.to_lid, "id": row.id, "t": unix_time()}
         if step != "delivered":
             attrs["type"] = step
         row.receipts.append(step)
@@ -327,7 +327,7 @@ class Post:
         phone = self._network.phone(to)
         if phone is None or phone == device.phone:
             return
-        attrs = {
+        attrs: Attrs = {
             "from": self._network.lid(device.phone, device.number),
             "id": node.text("id"),
             "t": unix_time(),

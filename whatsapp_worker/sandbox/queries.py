@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from whatsapp_worker.sandbox.binary import SERVER, Jid, Node, phone_jid
+from whatsapp_worker.sandbox.binary import SERVER, Attrs, Node, phone_jid
 from whatsapp_worker.sandbox.model import Device, PreKey
 from whatsapp_worker.sandbox.signal import Bundle
 
@@ -88,13 +88,13 @@ class Queries:
         if usync is None or query is None or users is None:
             return []
         asked = {child.tag for child in query.children}
-        answered = [self._user(user, asked) for user in users.all("user")]
+        answered = [self._user(device, user, asked) for user in users.all("user")]
         attrs = {
             name: usync.attrs[name] for name in ("sid", "mode", "context") if name in usync.attrs
         }
         return [Node("usync", attrs | {"index": "0", "last": "true"}, [Node("list", {}, answered)])]
 
-    def _user(self, user: Node, asked: set[str]) -> Node:
+    def _user(self, device: Device, user: Node, asked: set[str]) -> Node:
         contact = user.child("contact")
         if contact is not None:
             return self._contact(contact)
@@ -106,7 +106,9 @@ class Queries:
         if "lid" in asked:
             children.append(Node("lid", {"val": self._network.lid(phone)}))
         if "devices" in asked:
-            numbers = [0, *(device.number for device in self._network.devices_of(phone))]
+            numbers = [other.number for other in self._network.devices_of(phone)]
+            if phone != device.phone:  # nobody would read the copies for its own phone
+                numbers.insert(0, 0)
             devices = [Node("device", {"id": str(number)}) for number in numbers]
             children.append(Node("devices", {}, [Node("device-list", {}, devices)]))
         return Node("user", {"jid": jid}, children)
@@ -115,13 +117,13 @@ class Queries:
         asked = contact.data
         phone = asked.split(b"@")[0].lstrip(b"+").decode("ascii", "replace")
         known = self._network.exists(phone)
-        attrs: dict[str, str | Jid] = {"pn_jid": phone_jid(phone)}
+        attrs: Attrs = {"pn_jid": phone_jid(phone)}
         if known:
             attrs["jid"] = self._network.lid(phone)
         return Node("user", attrs, [Node("contact", {"type": "in" if known else "out"}, asked)])
 
     def _media(self, device: Device, node: Node) -> Answer:
-        attrs: dict[str, str | Jid] = {
+        attrs: Attrs = {
             "auth": "sandbox",
             "ttl": "3600",
             "auth_ttl": "21600",
@@ -132,7 +134,7 @@ class Queries:
 
 def result(asked: Node, children: Answer) -> Node:
     """The answer to a query."""
-    attrs = {"type": "result", "id": asked.text("id"), "from": asked.jid("to") or SERVER}
+    attrs: Attrs = {"type": "result", "id": asked.text("id"), "from": asked.jid("to") or SERVER}
     return Node("iq", attrs, children)
 
 
