@@ -296,6 +296,8 @@ class Document:
         except FileNotFoundError:
             return  # the first version has none before it
         self._backup_temporary.replace(self._backup)
+        # Where a killed write made .bak of this very version already, rename(2) does nothing.
+        self._backup_temporary.unlink(missing_ok=True)
 
 
 class _Damage(Exception):

@@ -70,7 +70,9 @@ def delete_session(
         folder = sessions.folder(session)
         if not folder.is_dir():
             return Deleted(sessions.tombstones.find(session) is not None, 0, 0)
-        with sessions.session_lock(session) as held:
+        held = sessions.session_lock(session)
+        held.acquire(LOCK_WAIT_S)
+        with held:
             return delete_session(
                 sessions, session, why=why, now=now, fail_queue=fail_queue, forget=forget, lock=held
             )

@@ -1,0 +1,81 @@
+"""Kills or fails a process at a chosen step of its work on files, and recalls the steps."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+CHANGING = ("open", "write", "fchmod", "fsync", "link", "rename", "replace", "unlink", "rmdir")
+Step = Callable[[str, tuple[Any, ...]], None]
+
+
+@contextmanager
+def before_each_step(act: Step) -> Iterator[None]:
+    """Call `act(name, arguments)` before every call of `os` that changes a file or folder."""
+    originals = {name: getattr(os, name) for name in CHANGING}
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            act(name, arguments)
+            return original(*arguments, **named)
+
+        return call
+
+    try:
+        for name, original in originals.items():
+            setattr(os, name, wrap(name, original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+
+
+class At:
+    """Acts at step `number`, counted from 0; `count` is how many steps there were."""
+
+    def __init__(self, number: int, act: Step) -> None:
+        self.count = 0
+        self._number = number
+        self._act = act
+
+    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        here, self.count = self.count, self.count + 1
+        if here == self._number:
+            self._act(name, arguments)
+
+
+def kill(name: str, arguments: tuple[Any, ...]) -> None:
+    """SIGKILL to this very process; a write gets half of its bytes onto the disk before."""
+    if name == "write":
+        fd, data = arguments
+        os.pwrite(fd, bytes(data[: len(data) // 2]), 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_with(number: int) -> Step:
+    """Raise an OSError of this errno."""
+
+    def act(name: str, arguments: tuple[Any, ...]) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return act
+
+
+def killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Do the work in a forked child that is killed at that step; False when it got to the end."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with before_each_step(At(step, kill)):
+                work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0, "the work failed by itself"
+    return False
