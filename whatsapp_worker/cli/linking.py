@@ -164,7 +164,7 @@ class Attempt:
         if link.get("request") != self._request:
             return None
         if link.get("result") == "linked":
-            return _linked(state) if state.state == State.CONNECTED else None
+            return _linked(state)
         raise LinkFailed(
             str(link.get("reason") or state.reason or "link-failed"),
             str(link.get("sentence") or state.sentence or "The link attempt did not succeed."),
@@ -174,10 +174,9 @@ class Attempt:
         path = self._host.sessions.folder(self._session) / "link.json"
         try:
             found: dict[str, Any] = json.loads(path.read_text())
-            if found.get("request") not in (None, self._request):
+            if found["request"] != self._request:
                 return None
-            kind = "qr" if found["kind"] == "qr" else "code"
-            return Code(kind, str(found["code"]), float(found["expires_at"]))
+            return Code(str(found["event"]), str(found["code"]), float(found["expires_at"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

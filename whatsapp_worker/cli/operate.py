@@ -29,6 +29,8 @@ _STARTED = {
     State.BANNED: False,
     State.OUTDATED: False,
 }
+# Those that a start does not change.
+_LASTING = (State.CONNECTED, State.UNLINKED, State.LOGGED_OUT)
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def logout(options: Options, settings: Settings) -> int:
     done = (State.LOGGED_OUT, State.UNLINKED)
     operation = Operation(
         "logout",
-        lambda wanted: dataclasses.replace(wanted, logout=request, why="logout"),
-        lambda _, now: (now is not None and now.state in done) or None,
+        # A stopped session must run once more to tell WhatsApp.
+        lambda wanted: dataclasses.replace(wanted, run="run", logout=request, why="logout"),
+        lambda _, now: now is not None and now.state in done,
         _DISCONNECT_S + settings.shutdown_timeout_s + _SLACK_S,
     )
     return _operate(options, settings, operation)
@@ -109,10 +112,19 @@ def delete(options: Options, settings: Settings) -> int:
 
 
 def _start(settings: Settings) -> Operation:
+    def judge(before: StateRecord | None, now: StateRecord | None) -> bool | None:
+        if now is None:
+            return False
+        state = State(now.state)
+        is_old = before is not None and (before.state, before.since) == (now.state, now.since)
+        if is_old and state not in _LASTING:
+            return None  # the dial is still to come
+        return _STARTED.get(state)
+
     return Operation(
         "start",
         lambda wanted: dataclasses.replace(wanted, run="run", why="start"),
-        lambda _, now: _STARTED.get(State(now.state)) if now else False,
+        judge,
         settings.connect_timeout_s + _SLACK_S,
     )
 
@@ -197,4 +209,4 @@ def _await(
 
 def _epitaph(host: Host, name: str) -> str:
     stone = host.sessions.tombstones.find(name)
-    return stone.why if stone and stone.why != "delete" else ""
+    return stone.why.removeprefix("deleted").removeprefix("; ") if stone else ""

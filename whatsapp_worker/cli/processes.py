@@ -25,7 +25,7 @@ def events(options: Options, settings: Settings) -> int:
 
 def demo(options: Options, settings: Settings) -> int:
     """Serve `demo`."""
-    from whatsapp_worker import demo
+    from whatsapp_worker.cli import demo
 
     return demo.run(settings.data_dir / "demo", keep=options.keep)
 
