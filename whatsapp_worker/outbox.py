@@ -224,7 +224,7 @@ class Outbox:
             pipeline.llen(lane.limbo)
         replies = pipeline.execute()
         for (lane, raw_id), fields in zip(found, replies, strict=False):
-            lane.held = _read(raw_id, fields, self.session)
+            lane.held = _read(raw_id, fields, self.session, lane.name)
         for (lane, _), length in zip(found, replies[len(found) :], strict=True):
             if length != lane.expected:
                 raise LimboMismatch(f"{lane.limbo} has {length} entries, not {lane.expected}")
@@ -252,7 +252,7 @@ class Outbox:
             pipeline.hset(key, mapping=settled_fields(job, self.session, outcome))
         else:
             pipeline.delete(key)
-            pipeline.hset(key, mapping=fresh_fields(job, self.session, lane.name, outcome))
+            pipeline.hset(key, mapping=fresh_fields(job, self.session, outcome))
         pipeline.expire(key, self._ttl_s)
         results = f"{RQ_KEY_PREFIX}:results:{job.id}"
         pipeline.xadd(results, _result(outcome), maxlen=10)
@@ -262,7 +262,7 @@ class Outbox:
         pipeline.zadd(f"{RQ_KEY_PREFIX}:{registry}:{lane.name}", {job.id: score})
 
     def _lane_of(self, job: Job) -> _Lane:
-        return next((lane for lane in self._lanes if job in lane.in_hand), self._lanes[-1])
+        return next(lane for lane in self._lanes if lane.name == job.queue)
 
     # Putting in order
 
@@ -271,9 +271,10 @@ class Outbox:
         counts as in hand: `exchange` what is settled, and `resync` puts the rest back."""
         jobs = []
         for lane in self._lanes:
+            lane.in_hand.clear()
             for raw_id in self._redis.lrange(lane.limbo, 0, _BATCH - 1):
                 fields = self._redis.eval(_LOAD, 1, _job_key_of(raw_id))
-                job = _read(raw_id, fields, self.session)
+                job = _read(raw_id, fields, self.session, lane.name)
                 lane.in_hand.add(job)
                 jobs.append(job)
         return jobs
@@ -356,6 +357,10 @@ class Outbox:
             pipeline.llen(lane.limbo)
         return sum(pipeline.execute())
 
+    def ping(self) -> None:
+        """Nothing but whether Redis answers; RedisError when it does not."""
+        self._redis.ping()
+
     def job_exists(self, job_id: str) -> bool:
         """Whether RQ still has the record of a job."""
         return bool(self._redis.exists(_job_key(job_id)))
@@ -385,15 +390,15 @@ def _job_key_of(raw_id: bytes) -> bytes:
     return _job_key("").encode() + raw_id
 
 
-def _read(raw_id: bytes, flat: Sequence[bytes] | bytes, session: str) -> Job:
+def _read(raw_id: bytes, flat: Sequence[bytes] | bytes, session: str, queue: str) -> Job:
     if isinstance(flat, bytes):
-        job = decode(raw_id, {"data": b""}, session=session)
+        job = decode(raw_id, {"data": b""}, session=session, queue=queue)
         return replace(job, problem=JobRefused(f"its record is {flat.decode()}"))
     fields = {
         name.decode("ascii", "replace"): value
         for name, value in zip(flat[::2], flat[1::2], strict=True)
     }
-    return decode(raw_id, fields, session=session)
+    return decode(raw_id, fields, session=session, queue=queue)
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:

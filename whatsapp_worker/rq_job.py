@@ -71,6 +71,7 @@ class Job:
 
     id: str
     raw_id: bytes  # as it stands in the lists
+    queue: str = ""
     order: Outgoing | None = None
     problem: WorkerError | None = None
     message_id: str | None = None  # as far as it could be read
@@ -84,9 +85,9 @@ class Job:
     @property
     def outcome(self) -> Outcome | None:
         """What was noted in its meta, by this attempt or an earlier one."""
-        noted = self.meta.get("outcome")
+        noted: Any = self.meta.get("outcome")
         try:
-            return Outcome(**{**noted, "status": Status(noted["status"])})  # type: ignore[dict-item]
+            return Outcome(**{**noted, "status": Status(noted["status"])})
         except (TypeError, KeyError, ValueError):
             return None
 
@@ -101,19 +102,21 @@ class Job:
         return self.status == JobStatus.CANCELED
 
 
-def decode(raw_id: bytes, fields: Mapping[str, bytes] | None, *, session: str) -> Job:
+def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: str) -> Job:
     """Read a job. Never raises: what is wrong with it becomes its `problem`.
 
     Args:
         raw_id: The id as it stood in the queue.
-        fields: The hash; None when there is none.
+        fields: The hash; empty when there is none.
         session: Whose queue it was on.
+        queue: RQ's name of that queue.
     """
     id = raw_id.decode("ascii", "backslashreplace")
     if not JOB_ID_PATTERN.fullmatch(id):
-        return Job(id, raw_id, problem=JobRefused("the id is no RQ job id"), exists=False)
+        return Job(id, raw_id, queue, problem=JobRefused("it is no RQ job id"), exists=False)
     if not fields:
-        return Job(id, raw_id, problem=JobRefused("its record is gone"), exists=False)
+        return Job(id, raw_id, queue, problem=JobRefused("its record is gone"), exists=False)
+    problem: WorkerError | None
     kept, problem = _read_record(fields)
     meta: Mapping[str, Any] = {}
     order = message_id = content_hash = None
@@ -130,6 +133,7 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes] | None, *, session: str) -
     return Job(
         id,
         raw_id,
+        queue,
         order=order,
         problem=problem,
         message_id=message_id,
@@ -246,11 +250,11 @@ def settled_fields(job: Job, session: str, outcome: Outcome) -> dict[str, Any]:
     return fields
 
 
-def fresh_fields(job: Job, session: str, queue: str, outcome: Outcome) -> dict[str, Any]:
+def fresh_fields(job: Job, session: str, outcome: Outcome) -> dict[str, Any]:
     """A whole hash for a job whose own RQ could not read."""
     now = rq_time(time.time())
     kept = {name: job.kept[name] for name in ("created_at", "enqueued_at") if name in job.kept}
-    return {"created_at": now, "origin": queue, **kept, **settled_fields(job, session, outcome)}
+    return {"created_at": now, "origin": job.queue, **kept, **settled_fields(job, session, outcome)}
 
 
 def _wiped(job: Job, session: str) -> bytes:

@@ -1,0 +1,60 @@
+"""What it means when `send_message` fails: one table over neonize's words."""
+
+import re
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What to do about a send that failed."""
+
+    UNSURE = "unsure"  # WhatsApp may have it: only the device database can tell
+    NOT_CONNECTED = "not-connected"  # not sent; this connection is gone
+    LOGGED_OUT = "logged-out"  # not sent; there are no credentials any more
+    RECIPIENT = "recipient"  # not sent: concerns this recipient or message alone
+    TRANSIENT = "transient"  # refused, not sent; the same message may pass soon
+    STOP_SENDING = "stop-sending"  # refused, not sent; WhatsApp wants this number to pause
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the message certainly was not sent."""
+        return self is not Kind.UNSURE
+
+    @property
+    def is_transport_fault(self) -> bool:
+        """Whether the message breaker counts it."""
+        return self in (Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT)
+
+
+# The first that is found in the text decides. Texts: whatsmeow send.go and errors.go, neonize.
+_WORDS = (
+    ("no LID found for", Kind.RECIPIENT),
+    ("client is nil", Kind.NOT_CONNECTED),
+    ("store doesn't contain a device JID", Kind.LOGGED_OUT),
+    ("not logged in", Kind.LOGGED_OUT),
+    ("websocket disconnected before", Kind.UNSURE),
+    ("timed out waiting for message send response", Kind.UNSURE),
+    ("websocket not connected", Kind.NOT_CONNECTED),
+    ("recipient must be a user JID", Kind.RECIPIENT),
+    ("can't send message to unknown server", Kind.RECIPIENT),
+    ("you're not participating in that group", Kind.RECIPIENT),
+    ("that group does not exist", Kind.RECIPIENT),
+)
+
+# Of `<ack error=...>`. 420 and 429: too many; 463: this number may not write to strangers now.
+_STOP_CODES = frozenset({420, 429, 463})
+_TRANSIENT_CODES = frozenset({408, 500, 502, 503, 504})
+_CODE = re.compile(r"server returned error (\d{1,6})")
+
+
+def classify(text: str) -> Kind:
+    """What neonize's error text says about the message; what nobody knows is `UNSURE`."""
+    code = _CODE.search(text)
+    if code is not None:
+        return _of_code(int(code[1]))
+    return next((kind for words, kind in _WORDS if words in text), Kind.UNSURE)
+
+
+def _of_code(code: int) -> Kind:
+    if code in _STOP_CODES:
+        return Kind.STOP_SENDING
+    return Kind.TRANSIENT if code in _TRANSIENT_CODES else Kind.RECIPIENT
