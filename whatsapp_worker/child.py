@@ -1,166 +1,188 @@
-"""One device or pairing process, as the supervisor sees it: its words, and how it is ended."""
+"""What device and pairing processes have in common: a name, a quiet stdout, and a leash.
+
+Both are forked from the fork helper, hang on their supervisor's channel, load a Go library whose
+threads nothing can stop, and leave by `os._exit`.
+"""
 
 import contextlib
+import ctypes
+import logging
 import os
+import select
 import signal
-import socket
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
-from whatsapp_worker import endings
-from whatsapp_worker.endings import Ending, EndingKind
-from whatsapp_worker.reports import Channel, ChannelGarbage
+from whatsapp_worker import process
+from whatsapp_worker.endings import MAX_WEIGHT, Ending, EndingKind
+from whatsapp_worker.reports import Channel, ChannelGarbage, Exit
 from whatsapp_worker.session import Reason
 
-GRACE_S = 2.0  # from SIGTERM to SIGKILL
-UNKNOWN_EXIT = 1  # of a process whose exit status nobody could read
+log = logging.getLogger(__name__)
 
-# What a process says of these is true whatever else was asked of it meanwhile.
-_FINAL = frozenset(
-    {EndingKind.LOGGED_OUT, EndingKind.REPLACED, EndingKind.BANNED, EndingKind.OUTDATED}
-)
+TICK_S = 1.0
 
 
-@dataclass(eq=False)
-class Child:
-    """A process from the request to fork it until it is reaped. Times are monotonic seconds."""
+def begin(role: str, session: str) -> None:
+    """First thing in a forked child: name it, and keep stdout for nobody.
 
-    run: int
-    kind: str  # device or pairing
-    session: str
-    channel: Channel
-    started_at: float
-    pid: int | None = None
-    is_canary: bool = False
-    is_orphan: bool = False  # its fork helper is gone; the supervisor reaps it
-    heard_at: float = 0.0
-    connecting_at: float | None = None
-    login_at: float | None = None
-    ended_at: float | None = None
-    closed_at: float | None = None  # it closed its channel
-    heartbeat: dict[str, Any] = field(default_factory=dict)
-    said: Ending | None = None
-    _verdict: Ending | None = None
-    _term_at: float | None = None
-    _kill_at: float | None = None
-    _pidfd: int | None = None
+    neonize and Go print on descriptor 1: addresses, and errors with phone numbers in them.
+    """
+    process.set_name(f"wa:{session}")
+    _show(f"whatsapp-worker {role} {session}")
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.close(sink)
 
-    def __post_init__(self) -> None:
-        self.heard_at = self.started_at
 
-    def forked(self, pid: int) -> None:
-        """Learn the process id, and hold on to the process itself: ids are used again."""
-        if self.pid is not None:
-            return
-        self.pid = pid
-        with contextlib.suppress(OSError, AttributeError):
-            self._pidfd = os.pidfd_open(pid)
+def _show(command_line: str) -> None:
+    """Let `ps` show this command line: written over the parent's arguments in our memory.
 
-    def hear(self, now: float) -> list[dict[str, Any]]:
-        """Its reports since the last call; notes the end of the channel in `closed_at`."""
-        try:
-            reports = self.channel.receive()
-        except ChannelGarbage as error:
-            self.end(now, Ending(EndingKind.CRASHED, Reason.PROCESS_CRASHED, str(error)))
-            reports = None
-        if reports is None:
-            self.closed_at = self.closed_at or now
-            return []
-        for report in reports:
-            self._note(report, now)
-        return reports
+    The environment lies right behind them and stays untouched, since Go reads HTTPS_PROXY there.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end of proc(5)
+        text = command_line.encode()[: end - start - 1]
+        if text:
+            ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
-    def _note(self, report: dict[str, Any], now: float) -> None:
-        self.heard_at = now
-        match report.get("report"):
-            case "started":
-                self.forked(int(report.get("pid") or 0))
-            case "connecting":
-                self.connecting_at = now
-            case "connected":
-                self.login_at = now
-            case "heartbeat":
-                self.heartbeat = report
-            case "ended":
-                self.said = Ending.from_report(report)
-                self.ended_at = now
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether it was asked to end."""
-        return self._term_at is not None or self._kill_at is not None
+def live(channel: Channel, life: Callable[[], tuple[Ending, int]]) -> NoReturn:
+    """Run a life to its end, whatever that is, and leave."""
+    try:
+        ending, code = life()
+    except BaseException as error:
+        log.exception("child.crashed")
+        ending = Ending(EndingKind.CRASHED, Reason.PROCESS_CRASHED, type(error).__name__)
+        code = Exit.CRASHED
+    leave(channel, ending, code)
 
-    @property
-    def is_dialling(self) -> bool:
-        return self.kind == "device" and self.login_at is None and not self.is_ending
 
-    def ask(self, now: float, *, drain_s: float, verdict: Ending | None = None) -> None:
-        """Ask it to leave after the send in hand; SIGTERM, then SIGKILL, when it does not."""
-        if self.is_ending:
-            return
-        self._verdict = verdict
-        self.channel.send(order="stop", drain_s=drain_s)
-        self._term_at = now + drain_s + GRACE_S
+_leaving = threading.Lock()  # one thread says the last word; it is never released
 
-    def end(self, now: float, verdict: Ending | None) -> None:
-        """SIGTERM now, SIGKILL after the grace."""
-        if self._kill_at is not None:
-            return
-        self._verdict = verdict or self._verdict
-        self._term_at = now
-        self.escalate(now)
 
-    def kill(self, now: float, verdict: Ending | None = None) -> None:
-        """SIGKILL, as soon as the process id is known."""
-        self._verdict = self._verdict or verdict
-        self._term_at, self._kill_at = None, now
-        self.escalate(now)
+def leave(channel: Channel, ending: Ending, code: int) -> NoReturn:
+    """Say the last word and end the process: the only way that stops Go's threads."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()
+    log.info("child.leaving", extra={**ending.report(), "exit_code": code})
+    channel.send(report="ended", ending=ending.report())
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
-    def hasten(self, deadline: float) -> None:
-        """Bring SIGTERM and SIGKILL forward, so that it is gone by then."""
-        if self._term_at is not None:
-            self._term_at = min(self._term_at, deadline - 2 * GRACE_S)
-        if self._kill_at is not None:
-            self._kill_at = min(self._kill_at, deadline)
 
-    def escalate(self, now: float) -> None:
-        """Send what is due; call it every tick."""
-        if self.pid is None:
-            return
-        if self._term_at is not None and now >= self._term_at:
-            self._term_at, self._kill_at = None, now + GRACE_S
-            self._signal(signal.SIGTERM)
-        elif self._kill_at is not None and now >= self._kill_at:
-            self._kill_at = now + GRACE_S  # again, should it be in an unkillable sleep
-            self._signal(signal.SIGKILL)
+class Leash(threading.Thread):
+    """The thread that hears the supervisor and SIGTERM, and ticks.
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(OSError):
-            if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, number)
-            elif self.pid:
-                os.kill(self.pid, number)
+    It never touches Redis, the ledger or neonize, so nothing that hangs there can keep the process
+    from noticing that its supervisor is gone or that its time is up.
+    """
 
-    def ending(self, status: int | None) -> Ending:
-        """How it ended, all things considered.
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        on_order: Callable[[dict[str, Any]], None],
+        on_stop: Callable[[], None],
+        on_orphaned: Callable[[], None],
+        on_tick: Callable[[], float],
+    ) -> None:
+        """Call on the main thread: it takes SIGTERM over. All callbacks run on this thread.
 
         Args:
-            status: As `os.waitpid` gives it; None when nobody could read it.
+            channel: The supervisor's end is watched for orders and for its end.
+            on_order: Called with each order.
+            on_stop: Called for each SIGTERM.
+            on_orphaned: Called once, when the supervisor is gone.
+            on_tick: Called at least every second; returns the seconds until it wants to be
+                called again.
         """
-        code = UNKNOWN_EXIT if status is None else os.waitstatus_to_exitcode(status)
-        if self.said is not None and self.said.kind in _FINAL:
-            return self.said
-        return self._verdict or endings.of_exit(code, self.said)
+        super().__init__(name="leash", daemon=True)
+        self._channel = channel
+        self._on_order = on_order
+        self._on_stop = on_stop
+        self._on_orphaned = on_orphaned
+        self._on_tick = on_tick
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # The handler does nothing: the interpreter writes the signal's number into the pipe, even
+        # while the main thread is in a C call.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to answer
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    def close(self) -> None:
-        """Let go of what belongs to it, once it is reaped."""
-        self.channel.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+    def wake(self) -> None:
+        """Tick now; from any thread."""
+        with contextlib.suppress(OSError):
+            os.write(self._write, b"\0")
+
+    def run(self) -> None:
+        try:
+            self._watch()
+        except BaseException:
+            log.exception("child.leash_broken")  # without it nothing would end this process
+            os._exit(Exit.CRASHED)
+
+    def _watch(self) -> None:
+        watched = [self._read, self._channel.fileno()]
+        while True:
+            wait_s = max(0.0, min(TICK_S, self._on_tick()))
+            readable, _, _ = select.select(watched, [], [], wait_s)
+            if self._read in readable and signal.SIGTERM in os.read(self._read, 4096):
+                self._on_stop()
+            if self._channel.fileno() in readable and not self._hear():
+                watched.remove(self._channel.fileno())
+                self._on_orphaned()
+
+    def _hear(self) -> bool:
+        try:
+            orders = self._channel.receive()
+        except ChannelGarbage as garbage:
+            log.error("child.order_unreadable", extra={"problem": str(garbage)})
+            return True
+        for order in orders or ():
+            self._on_order(order)
+        return orders is not None
 
 
-def socket_pair() -> tuple[Channel, socket.socket]:
-    """Our end of a new channel, and the child's."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return Channel(ours, send_timeout_s=0.2), theirs
+class Departure:
+    """How and when this process leaves: the first ending, unless a weightier one follows.
+
+    Safe from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deadline = float("inf")
+        self._ending = Ending(EndingKind.CRASHED, Reason.PROCESS_CRASHED, "left without a reason")
+        self._code: int = Exit.CRASHED
+        self._weight = -1
+        self.is_due = threading.Event()  # set with the first word
+        self.is_certain = threading.Event()  # set with a word that no other can outweigh
+
+    def announce(self, ending: Ending, code: int, *, within_s: float) -> None:
+        """Leave with this ending; a later call may outweigh it, and can shorten the time left."""
+        with self._lock:
+            if ending.weight > self._weight:
+                self._ending, self._code, self._weight = ending, code, ending.weight
+            self._deadline = min(self._deadline, time.monotonic() + within_s)
+        self.is_due.set()
+        if ending.weight == MAX_WEIGHT:
+            self.is_certain.set()
+
+    def verdict(self) -> tuple[Ending, int]:
+        """The ending that counts, and the exit code that goes with it."""
+        with self._lock:
+            return self._ending, self._code
+
+    def left_s(self) -> float:
+        """Seconds until the time is over: infinite before the first word, never negative."""
+        return max(0.0, self._deadline - time.monotonic())

@@ -112,10 +112,9 @@ class Device:
 
             patch.check_environment(os.environ)
         import neonize.client as library
-        from neonize._binder import gocode
 
         if self._network == "sandbox":
-            patch.trust_sandbox(gocode)
+            patch.trust_sandbox()
         self._quieten(library)
         self._message = library.Message
         self._jid_class = library.JID
@@ -185,6 +184,10 @@ class Device:
             self._client.logout()
         except Exception as error:
             raise SendFailed(str(error)) from error
+
+    def disconnect(self) -> None:
+        """Close the socket politely; whatsmeow does not dial again. May block."""
+        self._client.disconnect()
 
     def _connect(self) -> None:
         error = ""

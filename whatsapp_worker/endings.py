@@ -16,6 +16,8 @@ from whatsapp_worker.session import Reason
 # A ban whose end WhatsApp did not tell is tried again after so long (s).
 BAN_WITHOUT_END_S = 3600.0
 
+MAX_WEIGHT = 2  # of `Ending.weight`
+
 
 class EndingKind(StrEnum):
     """What the supervisor does next hangs on this word."""
@@ -49,6 +51,12 @@ class Ending:
     def transient(self) -> bool:
         """Whether a new process may succeed without anybody acting."""
         return self.kind in _TRANSIENT
+
+    @property
+    def weight(self) -> int:
+        """Which of two endings of one process counts: WhatsApp's last word outweighs an
+        operator's wish, and that outweighs an accident."""
+        return 0 if self.transient else 1 if self.kind is EndingKind.STOPPED else MAX_WEIGHT
 
     def report(self) -> dict[str, Any]:
         """As it travels in the `ended` report."""

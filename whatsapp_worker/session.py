@@ -38,6 +38,7 @@ class Reason(StrEnum):
     TEMPORARY_BAN = "wa-temporary-ban"
     CONNECTION_FAILED = "wa-connection-failed"
     QR_EXPIRED = "qr-expired"
+    LINK_REFUSED = "link-refused"
     PROCESS_CRASHED = "process-crashed"
     PROCESS_HUNG = "process-hung"
     MEMORY_LIMIT = "memory-limit"
@@ -65,6 +66,8 @@ _SENTENCES = {
     Reason.CONNECTION_FAILED: "WhatsApp could not be reached. It tries again by itself; if every"
     " session says so, check this host's network.",
     Reason.QR_EXPIRED: "Nobody scanned the QR code in time. Try again:"
+    " whatsapp-worker link {session}",
+    Reason.LINK_REFUSED: "The link was refused by the phone or by WhatsApp. Try again:"
     " whatsapp-worker link {session}",
     Reason.PROCESS_CRASHED: "The device process crashed. It starts again by itself; its log is in"
     " whatsapp-worker logs {session}",
