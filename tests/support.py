@@ -1,0 +1,81 @@
+"""What several tests need: waiting for things, and a Redis that may be killed."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+
+from whatsapp_worker import redis_client
+
+
+def eventually(probe: Callable[[], Any], *, within_s: float = 20.0, what: str = "") -> Any:
+    """Ask again and again until the answer is true; the last answer, or an AssertionError."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = probe()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s} s: {what or probe} (last: {answer!r})")
+        time.sleep(0.01)
+
+
+class RedisServer:
+    """A redis-server of its own on a Unix socket; it keeps everything on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._socket = folder / "redis.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{self._socket}"
+
+    def start(self) -> "RedisServer":
+        """Start it, again after `kill`, and wait until it answers."""
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        assert binary is not None, "install redis-server or valkey-server to run these tests"
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "dir": str(self._folder),
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "save": "",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        self._process = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL)
+        client = self.client()
+        eventually(lambda: _answers(client), what="redis-server answers")
+        client.close()
+        return self
+
+    def client(self) -> "Redis":
+        return redis_client.connect(self.url)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Silence without a closed socket, until `resume`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+
+def _answers(client: "Redis") -> bool:
+    with contextlib.suppress(Exception):
+        return bool(client.ping())
+    return False
