@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from whatsapp_worker import process
 from whatsapp_worker.fork_helper import PACKET
 
 COMMAND = (sys.executable, "-m", "whatsapp_worker.fork_helper")
@@ -25,7 +25,7 @@ class Forker:
         """Start it. It answers `ready` when it has imported everything.
 
         Args:
-            environ: What it is exec'd with, and so what Go sees in its children.
+            environ: Handed on whole, and so what Go sees in its children.
             command: Its program; gets the descriptor of its socket as last argument.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -33,7 +33,7 @@ class Forker:
         descriptor = theirs.fileno()
         self._process = subprocess.Popen(
             [*command, str(descriptor)],
-            env=dict(environ),
+            env={**process.importable(environ), "NEONIZE_BOT_TAG": "off"},
             stdin=subprocess.DEVNULL,
             stdout=2,
             pass_fds=[descriptor],
@@ -91,15 +91,3 @@ class Forker:
             self._process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
-
-
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The helper's environment: all of ours, and what Go must find there when it starts."""
-    return {**environ, "NEONIZE_BOT_TAG": "off", "PYTHONUNBUFFERED": "1"} | _import_path(environ)
-
-
-def _import_path(environ: Mapping[str, str]) -> dict[str, str]:
-    """Make this very package importable where it runs from a folder that is not installed."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {} if here in paths else {"PYTHONPATH": os.pathsep.join([*paths, here])}

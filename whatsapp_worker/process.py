@@ -32,9 +32,7 @@ def set_name(name: str) -> bool:
     return _prctl(_PR_SET_NAME, name.encode()[:15] + b"\0")
 
 
-def start_bound(
-    command: Sequence[str], *, environ: Mapping[str, str]
-) -> "subprocess.Popen[bytes]":
+def start_bound(command: Sequence[str], *, environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Start a program that gets SIGTERM when the calling thread ends, however that happens.
 
     Call it on a thread that lives as long as the program should (the main thread): Linux watches
@@ -43,8 +41,17 @@ def start_bound(
     """
     wrapper = [sys.executable, "-m", "whatsapp_worker.process", str(os.getpid()), *command]
     return subprocess.Popen(
-        wrapper, env=dict(environ), stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+        wrapper, env=importable(environ), stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
     )
+
+
+def importable(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment, with this package on PYTHONPATH: it may run from a folder not installed."""
+    here = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if here not in paths:
+        paths.append(here)
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _become(parent: int, command: Sequence[str]) -> None:
@@ -86,7 +93,9 @@ def is_alive(pid: int) -> bool:
 def command_line(pid: int) -> str:
     """The command line of a process; empty when it is gone."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
     return ""
 
 

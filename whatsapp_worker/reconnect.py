@@ -64,9 +64,7 @@ class GiveUp:
 class Policy:
     """The waits of one host, from its settings."""
 
-    def __init__(
-        self, *, waits_s: tuple[float, ...], jitter_s: float, cooldown_s: float
-    ) -> None:
+    def __init__(self, *, waits_s: tuple[float, ...], jitter_s: float, cooldown_s: float) -> None:
         waits = tenacity.wait_chain(*(tenacity.wait_fixed(wait) for wait in waits_s))
         self._series = tenacity.Retrying(
             wait=waits + tenacity.wait_random(0, jitter_s),
@@ -167,9 +165,7 @@ def canary(standings: Iterable[Standing]) -> str | None:
 class DialGate:
     """Lets dials through one after another: a limit at once, and a distance between two."""
 
-    def __init__(
-        self, *, at_once: int = DIALS_AT_ONCE, spacing_s: float = DIAL_SPACING_S
-    ) -> None:
+    def __init__(self, *, at_once: int = DIALS_AT_ONCE, spacing_s: float = DIAL_SPACING_S) -> None:
         self._at_once = at_once
         self._spacing_s = spacing_s
         self._open_at = 0.0

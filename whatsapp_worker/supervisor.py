@@ -1,10 +1,58 @@
-"""`whatsapp-worker run`: one a host; starts, watches and ends the processes of all sessions."""
+"""`whatsapp-worker run`: one a host; starts, watches and ends the processes of all sessions.
 
-from collections.abc import Sequence
+One thread and one loop. What may block lives elsewhere: events on the announcer's thread, the
+queues of nobody on the keeper's, deletions on a worker's. The children:
 
+    supervisor ── fork helper ── device and pairing processes (adopted when the helper dies)
+               ├─ redis-server, without REDIS_URL
+               └─ events, maintenance, when asked for
+"""
+
+import dataclasses
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from storage.errors import LockHeld, StorageError
+from storage.locks import FileLock
+from storage.sessions import Sessions
+from whatsapp_worker import process, reconnect, redis_client
+from whatsapp_worker.announcer import Announcer
+from whatsapp_worker.companions import Companion
+from whatsapp_worker.errors import AlreadyRunning
+from whatsapp_worker.event_names import Event
+from whatsapp_worker.fork_helper import encode_settings
+from whatsapp_worker.forker import COMMAND, Forker, ForkerGone
+from whatsapp_worker.graves import Graves
+from whatsapp_worker.keeper import Keeper
+from whatsapp_worker.leftovers import Leftovers
+from whatsapp_worker.managed_session import DRAIN_S, ManagedSession
+from whatsapp_worker.notify import Notifier
+from whatsapp_worker.redis_server import EmbeddedRedis
+from whatsapp_worker.reports import Exit
+from whatsapp_worker.session import State
+from whatsapp_worker.session_process import SessionProcess, socket_pair
 from whatsapp_worker.settings import Settings
+from whatsapp_worker.stream import EventStream
+
+log = logging.getLogger(__name__)
 
 NOT_DRAINED = 9  # exit code: the shutdown had to be forced
+
+TICK_S = 0.25
+OUTAGE_EVERY_S = 1.0
+FORK_TIMEOUT_S = 15.0  # an answer of the fork helper, once it is ready
+HELPER_START_S = 60.0
+HELPER_RETRY_S = 1.0
+REDIS_RETRY_S = 1.0
+LEFTOVER_TIMEOUT_S = 4.0
+LAST_WORDS_S = 1.0  # for what is flushed at the very end of a shutdown
 
 
 def run(settings: Settings, *, also: Sequence[str] = ()) -> int:
@@ -22,5 +70,453 @@ def run(settings: Settings, *, also: Sequence[str] = ()) -> int:
         AlreadyRunning: Another supervisor holds the data folder; the text says who.
         SandboxUnsafe: Sandbox mode in an environment that could reach WhatsApp.
         RedisUnavailable: No REDIS_URL, and no Redis server program is installed.
+        StorageError: The data folder cannot be used.
     """
-    raise NotImplementedError
+    settings = dataclasses.replace(settings, data_dir=settings.data_dir.absolute())
+    if settings.network == "sandbox":
+        from whatsapp_worker.sandbox import patch
+
+        patch.check_environment(os.environ)
+    sessions = Sessions(settings.data_dir, max_tombstones=settings.max_tombstones)
+    sessions.prepare()
+    lock = FileLock(settings.data_dir / "supervisor.lock")
+    try:
+        lock.acquire(1.0, note={"host": socket.gethostname(), "started_at": time.time()})
+    except LockHeld as held:
+        raise AlreadyRunning(_who_holds(settings.data_dir, held.holder)) from None
+    with lock:
+        return Supervisor(settings, sessions, environ=os.environ, also=also).run()
+
+
+def _who_holds(folder: Path, holder: Mapping[str, Any] | None) -> str:
+    facts = holder or {}
+    who = f"process {facts['pid']}" if "pid" in facts else "another process"
+    where = f" on {facts['host']}" if "host" in facts else ""
+    return (
+        f"A supervisor runs on {folder} already: {who}{where}. There can be one: stop that one"
+        " first, or use another DATA_DIR"
+    )
+
+
+class Supervisor:
+    """The loop and what it owns. Also the `Host` of its sessions."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: Sessions,
+        *,
+        environ: Mapping[str, str],
+        also: Sequence[str] = (),
+        helper: Sequence[str] = COMMAND,
+    ) -> None:
+        """
+        Args:
+            environ: Handed on whole to every child, with additions only.
+            helper: The fork helper's program.
+        """
+        self.sessions = sessions
+        self.policy = reconnect.Policy.of(settings)
+        self._environ = {**environ, "DATA_DIR": str(settings.data_dir)}
+        self._redis: EmbeddedRedis | None = None
+        if settings.redis_url is None:
+            self._redis = EmbeddedRedis(settings.data_dir, environ=self._environ)
+            settings = dataclasses.replace(settings, redis_url=self._redis.url)
+        self.settings = settings
+        self._redis_retry_at = 0.0
+        self._companions = [Companion([name], environ=self._environ) for name in also]
+        self._helper_command = helper
+        self._helper: Forker | None = None
+        self._helper_asked_at = 0.0
+        self._managed: dict[str, ManagedSession] = {}
+        self._processes: dict[int, SessionProcess] = {}  # by run
+        self._runs = 0
+        self._selector = selectors.DefaultSelector()
+        self._gate = reconnect.DialGate()
+        self._is_outage = False
+        self._outage_check_at = 0.0
+        self._canary_at = 0.0
+        self._leftovers = Leftovers()
+        self._graves = Graves(settings)
+        self._signals = 0
+        self._notifier = Notifier(environ)
+        self._consumed: frozenset[str] = frozenset()
+        self._announcer = Announcer(self._stream())
+        self._keeper = Keeper(
+            redis=redis_client.connect(self._url),
+            stream=self._stream(),
+            sessions=Sessions(settings.data_dir, max_tombstones=settings.max_tombstones),
+            consumed=lambda: self._consumed,
+            result_ttl_s=settings.result_ttl_s,
+        )
+
+    @property
+    def _url(self) -> str:
+        assert self.settings.redis_url is not None
+        return self.settings.redis_url
+
+    def _stream(self) -> EventStream:
+        return EventStream(redis_client.connect(self._url), events_max=self.settings.events_max)
+
+    # The life of a supervisor
+
+    def run(self) -> int:
+        """Until a signal; returns the exit code."""
+        self._open()
+        log.info(
+            "supervisor.started",
+            extra={"data_dir": str(self.settings.data_dir), "network": self.settings.network},
+        )
+        while not self._signals:
+            self._wait()
+            now = time.monotonic()
+            self._reap(now)  # collect exits; each session judges what they mean
+            self._hear(now)  # reports of the processes
+            self._read_wanted(now)  # what operators want now
+            self._keep_children(now)  # fork helper, Redis, companions
+            self._tick(now)  # each session takes its next step
+            self._mind_outage(now)  # one canary for all
+            self._notifier.ticked(now)
+        return self._drain()
+
+    def _open(self) -> None:
+        process.set_name("wa-supervisor")
+        process.adopt_orphans()
+        self._catch_signals()
+        self.sessions.clean()
+        locks = [self.sessions.session_lock(id).path for id in self.sessions.ids()]
+        self._leftovers.end_all(locks, timeout_s=LEFTOVER_TIMEOUT_S)
+        self._keep_children(time.monotonic())
+        self._announcer.start()
+        self._keeper.start()
+        self._read_wanted(time.monotonic())
+        self._notifier.ready()
+
+    def _catch_signals(self) -> None:
+        self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signals += 1
+
+    def _wait(self) -> None:
+        """Until something happens, or the next tick."""
+        for key, _ in self._selector.select(self._nap_s()):
+            if key.fd == self._wake_read:
+                os.read(self._wake_read, 4096)
+
+    def _nap_s(self) -> float:
+        """Until the next dial, a tick at most."""
+        now = time.monotonic()
+        due = [
+            session.due_at - now
+            for session in self._managed.values()
+            if session.due_at is not None and session.process is None and session.due_at > now
+        ]
+        return max(0.0, min([TICK_S, *due]))
+
+    # Children
+
+    def _keep_children(self, now: float) -> None:
+        if self._redis is not None and not self._redis.is_running() and now >= self._redis_retry_at:
+            self._redis_retry_at = now + REDIS_RETRY_S
+            self._redis.start()
+            log.info("redis.started", extra={"pid": self._redis.pid})
+        for companion in self._companions:
+            companion.tick(now)
+        self._keep_helper(now)
+
+    def _keep_helper(self, now: float) -> None:
+        helper = self._helper
+        if helper is None:
+            if now >= self._helper_asked_at + HELPER_RETRY_S:
+                self._helper_asked_at = now
+                self._helper = Forker(self._environ, command=self._helper_command)
+                self._selector.register(self._helper, selectors.EVENT_READ)
+        elif not helper.is_running():
+            self._on_helper_gone(helper, now)
+        elif self._helper_hangs(helper, now):
+            log.error("fork_helper.hung", extra={"pid": helper.pid})
+            helper.kill()
+
+    def _helper_hangs(self, helper: Forker, now: float) -> bool:
+        if not helper.is_ready:
+            return now > self._helper_asked_at + HELPER_START_S
+        waiting = [run.started_at for run in self._processes.values() if run.is_unanswered]
+        return bool(waiting) and now > min(waiting) + FORK_TIMEOUT_S
+
+    def _on_helper_gone(self, helper: Forker, now: float) -> None:
+        """Its children live on, as ours: the kernel gives orphans to the nearest subreaper."""
+        self._on_answers(helper, now)
+        log.warning("fork_helper.gone", extra={"pid": helper.pid})
+        self._selector.unregister(helper)
+        helper.close(timeout_s=0)
+        self._helper = None
+        for run in self._processes.values():
+            run.is_orphan = True
+
+    def _on_answers(self, helper: Forker, now: float) -> None:
+        for answer in helper.hear():
+            if "forked" in answer and answer["forked"] in self._processes:
+                self._processes[answer["forked"]].forked(answer["pid"])
+            elif "failed" in answer and answer["failed"] in self._processes:
+                log.error("fork_helper.failed", extra={"problem": answer["problem"]})
+                self._on_exit(self._processes[answer["failed"]], None, now)
+            elif "exited" in answer:
+                self._on_pid_exit(answer["exited"], answer["status"], now)
+
+    def _reap(self, now: float) -> None:
+        """Hear what the helper reaped, and reap what was adopted from a dead one."""
+        if self._helper is not None:
+            self._on_answers(self._helper, now)
+        for run in [run for run in self._processes.values() if run.is_orphan]:
+            self._reap_orphan(run, now)
+
+    def _reap_orphan(self, run: SessionProcess, now: float) -> None:
+        if run.pid is None:  # it was never forked, or will tell its id
+            if run.closed_at is not None:
+                self._on_exit(run, None, now)
+            return
+        try:
+            pid, status = os.waitpid(run.pid, os.WNOHANG)
+        except ChildProcessError:  # the helper reaped it and died before it could say so
+            self._on_exit(run, None, now)
+            return
+        if pid:
+            self._on_exit(run, status, now)
+
+    def _on_pid_exit(self, pid: int, status: int, now: float) -> None:
+        for run in self._processes.values():
+            if run.pid == pid:
+                self._on_exit(run, status, now)
+                return
+
+    def _on_exit(self, run: SessionProcess, status: int | None, now: float) -> None:
+        """One device or pairing process is no more."""
+        session = self._managed.get(run.session)
+        if session is not None and session.process is run:
+            session.hear(now)  # its last word may still lie in the channel
+        self._forget(run)
+        if session is not None and session.process is run:
+            was_locked = status is not None and os.waitstatus_to_exitcode(status) == Exit.LOCKED
+            session.on_exit(run.ending(status), was_locked=was_locked, now=now)
+
+    def _forget(self, run: SessionProcess) -> None:
+        del self._processes[run.run]
+        if run.closed_at is None:
+            self._selector.unregister(run.channel)
+        run.close()
+        self._count_consumed()
+
+    def _count_consumed(self) -> None:
+        self._consumed = frozenset(run.session for run in self._processes.values())
+
+    # Sessions
+
+    def _hear(self, now: float) -> None:
+        for run in list(self._processes.values()):
+            if run.closed_at is not None:
+                continue
+            session = self._managed.get(run.session)
+            if session is not None and session.process is run:
+                session.hear(now)
+            else:
+                run.hear(now)
+            if run.closed_at is not None:  # else the end of file would wake the loop for ever
+                self._selector.unregister(run.channel)
+
+    def _read_wanted(self, now: float) -> None:
+        for id in self.sessions.changed():
+            try:
+                self._take_up(id, now)
+            except StorageError as error:
+                log.error("session.unreadable", extra={"session": id, "problem": str(error)})
+
+    def _take_up(self, id: str, now: float) -> None:
+        wanted = self.sessions.wanted(id)
+        session = self._managed.get(id)
+        if wanted is None:
+            if session is not None and not session.is_gone:
+                log.warning("session.vanished", extra={"session": id})
+                self._drop(session, now)
+        elif session is None or session.wanted.created_at != wanted.created_at:
+            if session is not None:
+                self._drop(session, now)
+            record = self.sessions.state(id)
+            self._managed[id] = ManagedSession(id, host=self, wanted=wanted, record=record, now=now)
+        elif wanted.generation != session.wanted.generation or wanted.run != session.wanted.run:
+            session.want(wanted, now)
+
+    def _drop(self, session: ManagedSession, now: float) -> None:
+        """Forget a session whose record is gone."""
+        del self._managed[session.id]
+        if session.process is not None:
+            session.process.end(now, None)
+
+    def _tick(self, now: float) -> None:
+        for session in self._in_order():
+            try:
+                session.tick(now)
+            except Exception:  # a bug that one session meets must not cost the others
+                log.exception("session.tick_failed", extra={"session": session.id})
+            if session.is_gone:
+                del self._managed[session.id]
+        for run in self._processes.values():
+            run.escalate(now)
+        self._notifier.status(self._status())
+
+    def _in_order(self) -> list[ManagedSession]:
+        """Those that have waited longest for their dial come first."""
+        never = float("inf")
+        return sorted(
+            self._managed.values(),
+            key=lambda session: (never if session.due_at is None else session.due_at, session.id),
+        )
+
+    def _status(self) -> str:
+        connected = sum(session.state is State.CONNECTED for session in self._managed.values())
+        return f"{connected} of {len(self._managed)} sessions connected"
+
+    # One outage of the host is one fact
+
+    def _mind_outage(self, now: float) -> None:
+        if now < self._outage_check_at or not self.settings.failed_cooldown_s:
+            return
+        self._outage_check_at = now + OUTAGE_EVERY_S
+        standings = [session.standing for session in self._managed.values()]
+        if not self._is_outage and reconnect.outage(standings):
+            self._is_outage, self._canary_at = True, now
+            log.warning("outage.began", extra={"sessions": len(standings)})
+        if self._is_outage and now >= self._canary_at and not self._has_canary():
+            self._send_canary(standings, now)
+
+    def _has_canary(self) -> bool:
+        return any(run.is_canary for run in self._processes.values())
+
+    def _send_canary(self, standings: list[reconnect.Standing], now: float) -> None:
+        who = reconnect.canary(standings)
+        if who is None:  # nobody is cut off any more: operators changed things
+            self._is_outage = False
+        elif self._managed[who].wanted.run == "run" and self._managed[who].process is None:
+            self._canary_at = now + reconnect.CANARY_EVERY_S
+            self._managed[who].dial(now, as_canary=True)
+
+    # What sessions need of their host
+
+    def wall(self) -> float:
+        return time.time()
+
+    def spawn(self, session: str, kind: str, arguments: Mapping[str, Any]) -> SessionProcess | None:
+        if self._helper is None or not self._helper.is_ready or self._signals:
+            return None
+        self._runs += 1
+        channel, theirs = socket_pair()
+        request = {
+            "run": self._runs,
+            "kind": kind,
+            "session": session,
+            "settings": encode_settings(self.settings),
+            "args": dict(arguments),
+        }
+        try:
+            self._helper.fork(request, theirs.fileno())
+        except ForkerGone as error:
+            log.warning("fork_helper.not_asked", extra={"problem": str(error)})
+            channel.close()
+            return None
+        finally:
+            theirs.close()
+        run = SessionProcess(self._runs, kind, session, channel, time.monotonic())
+        self._processes[run.run] = run
+        self._selector.register(channel, selectors.EVENT_READ)
+        self._count_consumed()
+        return run
+
+    def has_room(self, session: str) -> bool:
+        others = sum(other.holds_slot for other in self._managed.values() if other.id != session)
+        return others < self.settings.max_sessions
+
+    def admits_dial(self, session: str) -> bool:
+        if self._helper is None or not self._helper.is_ready:
+            return False
+        managed = self._managed.get(session)
+        if self._is_outage and managed is not None and managed.standing.is_cut_off:
+            return False
+        dialling = sum(run.is_dialling for run in self._processes.values())
+        return self._gate.admit(now=time.monotonic(), dialling=dialling)
+
+    def told(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
+        self._announcer.announce(event, session, payload)
+
+    def logged_in(self, session: str) -> None:
+        if not self._is_outage:
+            return
+        self._is_outage = False
+        log.info("outage.ended", extra={"session": session})
+        now = time.monotonic()
+        for other in self._managed.values():
+            other.release(now)
+
+    def finish_deletion(self, session: str, *, why: str) -> bool:
+        return self._graves.dig(session, why=why, now=time.monotonic())
+
+    def end_leftover(self, session: str) -> bool:
+        lock = self.sessions.session_lock(session).path
+        mine = [run.pid for run in self._processes.values() if run.pid is not None]
+        return self._leftovers.end(lock, mine=mine, now=time.monotonic())
+
+    # Shutdown: starting undone, in reverse, under one shrinking deadline
+
+    def _drain(self) -> int:
+        """The first signal asks, the second insists."""
+        deadline = time.monotonic() + self.settings.shutdown_timeout_s
+        log.info("supervisor.stopping", extra={"within_s": self.settings.shutdown_timeout_s})
+        self._notifier.stopping()
+        drained = self._drain_sessions(deadline - LAST_WORDS_S)
+        for companion in self._companions:
+            companion.ask_to_end()
+        now = time.monotonic()
+        for session in self._managed.values():
+            session.left(now)
+        if self._helper is not None:
+            self._helper.close(timeout_s=self._left_s(deadline))
+        drained &= self._keeper.stop(timeout_s=self._left_s(deadline))
+        self._graves.stop()
+        self._announcer.stop(timeout_s=min(LAST_WORDS_S, self._left_s(deadline)))
+        for companion in self._companions:
+            drained &= companion.end(deadline=time.monotonic() + self._left_s(deadline))
+        if self._redis is not None:
+            drained &= self._redis.stop(timeout_s=max(0.5, self._left_s(deadline)))
+        log.info("supervisor.stopped", extra={"drained": drained})
+        return 0 if drained else NOT_DRAINED
+
+    def _left_s(self, deadline: float) -> float:
+        return 0.0 if self._signals > 1 else max(0.0, deadline - time.monotonic())
+
+    def _drain_sessions(self, deadline: float) -> bool:
+        """End all processes; whether none had to be killed."""
+        now = time.monotonic()
+        drain_s = min(DRAIN_S, max(0.0, deadline - now - 4.0))
+        for session in self._managed.values():
+            session.leave(now, drain_s=drain_s)
+        for run in self._processes.values():
+            run.hasten(deadline)
+        insisted = False
+        while self._processes:
+            self._wait()
+            now = time.monotonic()
+            self._reap(now)
+            self._hear(now)
+            if not insisted and (self._signals > 1 or now >= deadline):
+                insisted = True
+                for run in self._processes.values():
+                    run.kill(now)
+            for run in self._processes.values():
+                run.escalate(now)
+            if now > deadline + LAST_WORDS_S:
+                break
+        return not insisted

@@ -1,0 +1,832 @@
+"""One session under supervision: what operators want and what its process tells become states.
+
+Level-triggered: `tick` compares what is wanted with what is and takes the next step, so nothing
+depends on the order in which requests, reports and exits come in. Times called `now` are
+monotonic seconds, those in records are UTC seconds.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from storage.errors import LockHeld, RecordMissing, StorageError
+from storage.sessions import Sessions, StateRecord, Wanted
+from whatsapp_worker import device_store, reconnect
+from whatsapp_worker.device_store import DeviceStoreBroken
+from whatsapp_worker.endings import Ending, EndingKind
+from whatsapp_worker.event_names import Event
+from whatsapp_worker.history import History
+from whatsapp_worker.reconnect import Again, GiveUp, Policy, Standing
+from whatsapp_worker.session import Reason, State, Trigger, sentence, step
+from whatsapp_worker.session_process import SessionProcess
+from whatsapp_worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 8.0  # what the send in hand gets
+PAIRED_TO_ENDED_S = 20.0  # a pairing process that paired and then says nothing more
+LOGOUT_ATTEMPT_S = 30.0
+CONNECT_MARGIN_S = 5.0  # the device process ends a dial by itself; this is for one that does not
+LOGOUT_RETRY_S = 3.0
+LEFTOVER_RETRY_S = 0.5
+SAVE_EVERY_S = 5.0  # for what changes all the time
+RECYCLE_AFTER_S = 24 * 3600.0
+FORCED_MEMORY = 1.5  # times the limit
+
+_WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
+_TRIGGERS = {
+    EndingKind.LOGGED_OUT: Trigger.LOGGED_OUT,
+    EndingKind.REPLACED: Trigger.REPLACED,
+    EndingKind.BANNED: Trigger.BANNED,
+    EndingKind.OUTDATED: Trigger.OUTDATED,
+}
+# Where a link attempt that failed goes back to, and by which trigger.
+_BACK = {
+    State.LOGGED_OUT: Trigger.LOGGED_OUT,
+    State.REPLACED: Trigger.REPLACED,
+    State.BANNED: Trigger.BANNED,
+    State.OUTDATED: Trigger.OUTDATED,
+}
+# Facts that change all the time and are not worth a write each.
+_FLEETING = ("proof_of_life_at", "rss_mib", "queue", "touched_at")
+
+
+class Host(Protocol):
+    """What a session needs of its supervisor."""
+
+    settings: Settings
+    policy: Policy
+    sessions: Sessions
+
+    def wall(self) -> float:
+        """UTC seconds."""
+
+    def spawn(self, session: str, kind: str, arguments: Mapping[str, Any]) -> SessionProcess | None:
+        """Have a process forked; None when that is impossible just now."""
+
+    def has_room(self, session: str) -> bool:
+        """Whether MAX_SESSIONS allows this session to run."""
+
+    def admits_dial(self, session: str) -> bool:
+        """Whether this session may dial now; True counts as a dial."""
+
+    def told(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
+        """Put an event on the stream, sooner or later."""
+
+    def logged_in(self, session: str) -> None:
+        """A session has logged in: WhatsApp can be reached."""
+
+    def finish_deletion(self, session: str, *, why: str) -> bool:
+        """Remove all that is left of a session without a process; False: ask again."""
+
+    def end_leftover(self, session: str) -> bool:
+        """End a process of an earlier supervisor that holds the session; whether it is free."""
+
+
+@dataclass
+class LinkAttempt:
+    """One link request under way."""
+
+    request: str
+    method: str
+    phone: str | None
+    deadline: float
+    pairs: bool  # a pairing process is needed; else the stored credentials may do
+    back: State  # where a failure leads
+    back_reason: Reason | None
+    paired_at: float | None = None
+
+
+@dataclass
+class LogoutAttempt:
+    """A logout under way: at an operator's request, or for a deletion (request None)."""
+
+    request: str | None
+    deadline: float
+    ordered: bool = False
+
+
+class ManagedSession:
+    """The supervisor's view of one session; used by its loop alone."""
+
+    def __init__(
+        self, id: str, *, host: Host, wanted: Wanted, record: StateRecord | None, now: float
+    ) -> None:
+        self.id = id
+        self.wanted = wanted
+        self.process: SessionProcess | None = None
+        self.due_at: float | None = None  # when to dial; None: not by itself
+        self.dialled_at = 0.0
+        self._host = host
+        self._folder: Path = host.sessions.folder(id)
+        self._past = reconnect.History()
+        self._link: LinkAttempt | None = None
+        self._logout: LogoutAttempt | None = None
+        self._is_restarting = False
+        self._history = History(self._folder, limit=host.settings.history_events)
+        self._saved: StateRecord | None = record
+        self._save_at = 0.0
+        self._retry_save_at = 0.0
+        self._not_before = 0.0  # no process is started before
+        self._phone_lists_it = False
+        self._is_gone = False
+        self.record = record or StateRecord(
+            generation=0, state=State.UNLINKED, since=host.wall(), touched_at=wanted.touched_at
+        )
+        self._resume(now)
+
+    # What it is
+
+    @property
+    def state(self) -> State:
+        return State(self.record.state)
+
+    @property
+    def reason(self) -> Reason | None:
+        return Reason(self.record.reason) if self.record.reason else None
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.id, self.state, self.reason, self.dialled_at)
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether it counts towards MAX_SESSIONS."""
+        return self.process is not None or self.state in _WORKING or self.state is State.LINKING
+
+    @property
+    def is_dialling(self) -> bool:
+        return self.process is not None and self.process.is_dialling
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its deletion is finished."""
+        return self._is_gone
+
+    # What comes in
+
+    def _resume(self, now: float) -> None:
+        """Take up what an earlier supervisor left."""
+        self._set(pid=None, degraded=False, rss_mib=None, queue=None)
+        self._link_file.unlink(missing_ok=True)
+        if self.wanted.run != "run" or self.wanted.network != self._host.settings.network:
+            return
+        asked = self.wanted.link and self.wanted.link.get("request")
+        if self.record.generation < self.wanted.generation or self._is_new(asked, "link"):
+            self.want(self.wanted, now)
+        if self._link is None and self.due_at is None:
+            self._resume_running(now)
+
+    def _resume_running(self, now: float) -> None:
+        match self.state:
+            case State.LOGGED_OUT | State.REPLACED | State.OUTDATED | State.UNLINKED:
+                return
+            case State.BANNED:
+                self._wait_out_ban(now)
+            case State.FAILED if not self._host.settings.failed_cooldown_s:
+                return
+            case _:
+                self._start(now)
+        if self.state is State.CONNECTED:
+            self._move(Trigger.DIAL, None)
+
+    def want(self, wanted: Wanted, now: float) -> None:
+        """Operators changed their mind."""
+        self.wanted = wanted
+        if wanted.run != "run" or wanted.network != self._host.settings.network:
+            self._give_up_link(Reason.OPERATOR, now)
+            self._logout, self.due_at = None, None
+            return
+        if self._link and self._link.request != (wanted.link or {}).get("request"):
+            self._give_up_link(Reason.OPERATOR, now)
+        if self._is_new(wanted.link and wanted.link.get("request"), "link"):
+            self._begin_link(dict(wanted.link or {}), now)
+        elif self._is_new(wanted.logout, "logout"):
+            self._note_handled("logout", wanted.logout)
+            self._logout = LogoutAttempt(wanted.logout, now + LOGOUT_ATTEMPT_S)
+            if self.process is None and self.state is not State.LOGGED_OUT:
+                self._start(now)
+        elif self._is_new(wanted.restart, "restart"):
+            self._note_handled("restart", wanted.restart)
+            self._is_restarting = self.process is not None
+            self._start(now)
+        elif self.process is None and self._link is None:
+            self._start(now)
+
+    def _is_new(self, request: object, kind: str) -> bool:
+        if not request:
+            return False
+        if kind == "link":
+            answered = (self.record.link or {}).get("request")
+            return request != answered and (self._link is None or self._link.request != request)
+        return request != self.record.fields.get(kind)
+
+    def _note_handled(self, kind: str, request: object) -> None:
+        self._set(fields={**self.record.fields, kind: request})
+
+    def _start(self, now: float) -> None:
+        """Dial now, with a clean slate."""
+        self._past = reconnect.History()
+        self.due_at = now
+
+    def release(self, now: float) -> None:
+        """The outage is over: dial as soon as the gate lets it."""
+        if self.standing.is_cut_off and self.due_at is not None:
+            self._past = dataclasses.replace(self._past, attempt=1)
+            self.due_at = now
+
+    def hear(self, now: float) -> None:
+        """Read and act on what its process said."""
+        if self.process is None:
+            return
+        for report in self.process.hear(now):
+            self._on_report(report, now)
+
+    def _on_report(self, report: dict[str, Any], now: float) -> None:
+        match report.get("report"):
+            case "connected":
+                self._on_connected(report, now)
+            case "heartbeat":
+                self._on_heartbeat(report)
+            case "qr" | "code":
+                self._on_code(report)
+            case "paired" if self._link:
+                self._link.paired_at = now
+            case "failure":
+                log.warning("device.failure", extra={"session": self.id, "facts": report})
+
+    def _on_connected(self, report: dict[str, Any], now: float) -> None:
+        facts = {name: report.get(name) for name in ("jid", "lid", "phone", "push_name")}
+        if not self._move(Trigger.LOGIN, None, attempt=0, next_attempt_at=None, **facts):
+            return
+        wall = self._host.wall()
+        self._set(touched_at=wall, proof_of_life_at=wall, banned_until=None)
+        self._past = reconnect.logged_in(self._past)
+        self.due_at = None
+        if self._link and not self._link.pairs:
+            self._finish_link("linked", None, now)
+        self._host.logged_in(self.id)
+
+    def _on_heartbeat(self, report: dict[str, Any]) -> None:
+        age_s = report.get("proof_of_life_age_s")
+        alive_at = None if age_s is None else round(self._host.wall() - float(age_s), 1)
+        self._set(
+            degraded=bool(report.get("degraded")) and self.state is State.CONNECTED,
+            proof_of_life_at=alive_at or self.record.proof_of_life_at,
+            rss_mib=report.get("rss_mib"),
+            queue=report.get("queue"),
+        )
+
+    def _on_code(self, report: dict[str, Any]) -> None:
+        """A code to show: it goes into a file for the operator, never anywhere else."""
+        if self._link is None:
+            return
+        wall = self._host.wall()
+        facts = {
+            "request": self._link.request,
+            "kind": report["report"],
+            "code": report.get("code"),
+            "number": report.get("number"),
+            "expires_at": wall + float(report.get("expires_in_s") or 0),
+        }
+        _write_private(self._link_file, json.dumps(facts))
+        self._note_event(Event.QR, number=report.get("number"))
+        self._host.told(Event.QR, self.id, {"number": report.get("number")})
+
+    @property
+    def _link_file(self) -> Path:
+        return self._folder / "link.json"
+
+    # What happens with time
+
+    def tick(self, now: float) -> None:
+        """Take the next step, whatever it is."""
+        if self.process is not None:
+            self._watch(self.process, now)
+        self._pursue(now)
+        self._save(now)
+
+    def _pursue(self, now: float) -> None:
+        if self.wanted.run == "delete":
+            self._pursue_deletion(now)
+        elif self.wanted.network != self._host.settings.network:
+            self._rest(now, Reason.WRONG_NETWORK)
+        elif self.wanted.run == "stop":
+            self._rest(now, Reason.OPERATOR)
+        elif self._link is not None and self._link.pairs:
+            self._pursue_pairing(self._link, now)
+        else:
+            self._pursue_running(now)
+
+    def _rest(self, now: float, reason: Reason) -> None:
+        if self.process is not None:
+            self.leave(now, drain_s=DRAIN_S)
+            return
+        if (self.state, self.reason) != (State.STOPPED, reason):
+            self._move(Trigger.STOP, reason, attempt=0, next_attempt_at=None)
+        self._set(generation=self.wanted.generation)
+
+    def _pursue_running(self, now: float) -> None:
+        if self._link is not None and now > self._link.deadline:
+            self._finish_link("failed", self.reason or Reason.CONNECTION_FAILED, now)
+        if self._logout is not None:
+            self._pursue_logout(self._logout, now)
+        if self.process is not None and self._is_restarting:
+            self.process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED))
+        elif self.process is None and self.due_at is not None and now >= self.due_at:
+            self._dial(now)
+        if not self._is_starting(now):
+            self._set(generation=self.wanted.generation)
+
+    def _is_starting(self, now: float) -> bool:
+        """Whether a command waits for a dial that is due, or for something to end before it."""
+        is_due = self.process is None and self.due_at is not None and now >= self.due_at
+        is_waiting = is_due and self.reason is not Reason.CAPACITY
+        return is_waiting or self._is_restarting or self._logout is not None
+
+    def _pursue_logout(self, logout: LogoutAttempt, now: float) -> None:
+        process = self.process
+        if self.state is State.LOGGED_OUT or (process is None and not self._has_credentials()):
+            self._logout = None
+        elif now > logout.deadline:
+            log.warning("session.logout_failed", extra={"session": self.id})
+            self._logout = None
+        elif process is not None and not logout.ordered and not process.is_ending:
+            logout.ordered = process.channel.send(order="logout")
+        elif process is None:
+            logout.ordered = False
+
+    def _pursue_deletion(self, now: float) -> None:
+        """Log out while that is possible, then remove everything; one step a tick."""
+        self._give_up_link(Reason.OPERATOR, now)
+        if self._logout is None:
+            could = self.state is not State.LOGGED_OUT and self._has_credentials()
+            self._phone_lists_it = could
+            self._logout = LogoutAttempt(None, now + LOGOUT_ATTEMPT_S if could else now)
+            self._past, self.due_at = reconnect.History(), now
+        if self.state is not State.DELETED:
+            self._move(Trigger.DELETE, Reason.OPERATOR, said="It is being deleted.")
+        if now <= self._logout.deadline and self._phone_lists_it:
+            self._pursue_last_logout(self._logout, now)
+        elif self.process is not None:
+            self.process.end(now, Ending(EndingKind.STOPPED))
+        else:
+            self._is_gone = self._host.finish_deletion(self.id, why=self._epitaph())
+
+    def _pursue_last_logout(self, logout: LogoutAttempt, now: float) -> None:
+        if self.process is None:
+            logout.ordered = False
+            if self.due_at is not None and now >= self.due_at and self._host.admits_dial(self.id):
+                self.due_at = now + self._host.settings.reconnect_waits_s[0]
+                self._spawn("device", {}, now)
+        elif self.process.kind != "device":
+            self.process.kill(now)
+        if self.process is not None and not logout.ordered and not self.process.is_ending:
+            logout.ordered = self.process.channel.send(order="logout")
+
+    def _epitaph(self) -> str:
+        if self._phone_lists_it:
+            return (
+                "deleted; WhatsApp could not be told, so the phone still lists this device:"
+                " remove it there under Linked devices"
+            )
+        return self.wanted.why or "delete"
+
+    # Dialling
+
+    def _dial(self, now: float) -> None:
+        if now < self._not_before:
+            return
+        if not self._host.has_room(self.id):
+            if self.reason is not Reason.CAPACITY:
+                self._move(Trigger.STOP, Reason.CAPACITY)
+            return
+        if not self._host.admits_dial(self.id):
+            return
+        try:
+            has_credentials = self._read_credentials()
+        except LockHeld:
+            self._on_locked(now)
+            return
+        if has_credentials:
+            self.dial(now)
+            return
+        self.due_at = None
+        if self.state not in (State.UNLINKED, State.LOGGED_OUT):
+            self._move(Trigger.UNPAIRED, None)
+
+    def dial(self, now: float, *, as_canary: bool = False) -> bool:
+        """Start a device process."""
+        if not self._spawn("device", {}, now):
+            return False
+        assert self.process is not None
+        self.process.is_canary = as_canary
+        self.dialled_at = now
+        keeps = self.record.reason if self.state is not State.STOPPED else None
+        reason = Reason(keeps) if keeps and self._past.attempt else None
+        self._move(Trigger.DIAL, reason, attempt=self._past.attempt, next_attempt_at=None)
+        return True
+
+    def _spawn(self, kind: str, arguments: dict[str, Any], now: float) -> bool:
+        self.process = self._host.spawn(self.id, kind, arguments)
+        if self.process is None:
+            return False
+        self._set(pid=None)
+        return True
+
+    def _has_credentials(self) -> bool:
+        try:
+            return self._read_credentials()
+        except LockHeld:
+            return True
+
+    def _read_credentials(self) -> bool:
+        """Whether device.db holds credentials; of an unreadable one its process will tell.
+
+        Raises:
+            LockHeld: A process holds the session (transient).
+        """
+        path = self._folder / "device.db"
+        if not path.exists():
+            return False
+        try:
+            with self._host.sessions.session_lock(self.id):
+                return device_store.identity(path) is not None
+        except LockHeld:
+            raise
+        except (DeviceStoreBroken, StorageError) as error:
+            log.warning("device_store.unreadable", extra={"session": self.id, "why": str(error)})
+            return True
+
+    # Watching
+
+    def _watch(self, process: SessionProcess, now: float) -> None:
+        """Find what went wrong with a process that does not say so itself."""
+        if process.pid != self.record.pid:
+            self._set(pid=process.pid)
+        process.escalate(now)
+        if process.is_ending:
+            return
+        verdict = self._judge(process, now)
+        if verdict is not None:
+            self._note_event("process.ended", reason=verdict.reason, detail=verdict.detail)
+            process.end(now, verdict)
+        elif self._should_recycle(process, now):
+            reason = Reason.MEMORY_LIMIT if self._is_too_big(process, 1) else None
+            process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED, reason))
+
+    def _judge(self, process: SessionProcess, now: float) -> Ending | None:
+        """The verdict over a process that must be ended at once; None for a sound one."""
+        settings = self._host.settings
+        silent_s = now - process.heard_at
+        hang_s = settings.hang_timeout_s
+        ages = [process.heartbeat.get(name) for name in ("loop_age_s", "consumer_age_s")]
+        if silent_s > hang_s or any(age is not None and age > hang_s for age in ages):
+            return Ending(EndingKind.CRASHED, Reason.PROCESS_HUNG, "no progress")
+        if process.closed_at is not None and now - process.closed_at > CONNECT_MARGIN_S:
+            return Ending(EndingKind.CRASHED, Reason.PROCESS_HUNG, "closed its channel")
+        if (
+            process.kind == "device"
+            and process.login_at is None
+            and process.connecting_at is not None
+        ):
+            limit_s = settings.connect_timeout_s + CONNECT_MARGIN_S
+            if process.is_canary:  # a dial into a dead network must not hold up the next
+                limit_s = min(limit_s, reconnect.CANARY_EVERY_S)
+            if now - process.connecting_at > limit_s:
+                return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "no login in time")
+        if self._is_too_big(process, FORCED_MEMORY):
+            return Ending(EndingKind.RECYCLED, Reason.MEMORY_LIMIT)
+        life_age_s = process.heartbeat.get("proof_of_life_age_s")
+        if process.heartbeat.get("degraded") and life_age_s is not None and life_age_s > hang_s:
+            return Ending(EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT, "no proof of life")
+        return None
+
+    def _is_too_big(self, process: SessionProcess, times: float) -> bool:
+        rss_mib = process.heartbeat.get("rss_mib")
+        return rss_mib is not None and rss_mib > times * self._host.settings.memory_limit_mib
+
+    def _should_recycle(self, process: SessionProcess, now: float) -> bool:
+        if process.login_at is None or not process.heartbeat.get("idle"):
+            return False
+        return self._is_too_big(process, 1) or now - process.login_at > RECYCLE_AFTER_S
+
+    # Endings
+
+    def on_exit(self, ending: Ending, *, was_locked: bool, now: float) -> None:
+        """Its process is reaped.
+
+        Args:
+            ending: Why, all things considered.
+            was_locked: It left at once because another process holds the session.
+        """
+        process, self.process = self.process, None
+        if process is None:
+            return
+        self._is_restarting = False
+        self._set(pid=None, degraded=False, rss_mib=None, queue=None)
+        self._note_event(f"{process.kind}.ended", **ending.report())
+        log.info(
+            "process.ended", extra={"session": self.id, "kind": process.kind, **ending.report()}
+        )
+        if self.wanted.run == "delete":
+            self._on_exit_in_deletion(ending)
+        elif was_locked:
+            self._on_locked(now)
+        elif process.kind == "pairing":
+            self._on_pairing_ended(process, ending, now)
+        else:
+            self._on_device_ended(process, ending, now)
+
+    def _on_exit_in_deletion(self, ending: Ending) -> None:
+        if ending.kind is EndingKind.LOGGED_OUT:
+            self._phone_lists_it = False
+
+    def _on_locked(self, now: float) -> None:
+        freed = self._host.end_leftover(self.id)
+        log.warning("session.held", extra={"session": self.id, "freed": freed})
+        self._not_before = now + LEFTOVER_RETRY_S
+        self.due_at = now
+
+    def _on_device_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
+        if self.wanted.run != "run" or (self._link is not None and self._link.pairs):
+            return
+        if ending.kind in _TRIGGERS:
+            self._on_final(ending, now)
+        elif ending.kind in (EndingKind.LOST, EndingKind.CRASHED):
+            self._on_lost(process, ending, now)
+        elif ending.kind is EndingKind.REFUSED:
+            log.error("session.refused", extra={"session": self.id, "problem": ending.detail})
+            self._on_lost(process, dataclasses.replace(ending, reason=Reason.CANNOT_RUN), now)
+        else:  # stopped or recycled: the next one begins at once, or soon after a logout refused
+            self.due_at = now + (LOGOUT_RETRY_S if self._logout else 0.0)
+
+    def _on_final(self, ending: Ending, now: float) -> None:
+        """Only a person, or the end of a ban, helps."""
+        self.due_at = None
+        self._move(
+            _TRIGGERS[ending.kind],
+            ending.reason,
+            banned_until=ending.until,
+            attempt=0,
+            next_attempt_at=None,
+        )
+        if ending.kind is EndingKind.BANNED:
+            self._wait_out_ban(now)
+        if self._link is not None:
+            if ending.kind is EndingKind.LOGGED_OUT:
+                self._link.pairs, self._link.back = True, State.LOGGED_OUT
+                self._link.back_reason = ending.reason
+            else:
+                self._finish_link("failed", ending.reason, now)
+
+    def _wait_out_ban(self, now: float) -> None:
+        until = self.record.banned_until or self._host.wall()
+        self.due_at = now + max(0.0, until - self._host.wall())
+
+    def _on_lost(self, process: SessionProcess, ending: Ending, now: float) -> None:
+        lost_at = process.ended_at or now
+        reason = ending.reason or Reason.CONNECTION_FAILED
+        if process.is_canary and process.login_at is None:
+            # The outage goes on; nothing is counted, and the cool-down stands.
+            next_at = None if self.due_at is None else self._at(max(0.0, self.due_at - now))
+            self._move(Trigger.SPENT, reason, next_attempt_at=next_at)
+            return
+        verdict = self._host.policy.lost(self._past, now=lost_at, login_at=process.login_at)
+        self._past = verdict.history
+        if isinstance(verdict, Again):
+            self._wait_for_attempt(verdict, reason, lost_at)
+        else:
+            self._fail(verdict, reason, lost_at)
+
+    def _wait_for_attempt(self, again: Again, reason: Reason, lost_at: float) -> None:
+        self.due_at = lost_at + again.wait_s
+        attempt = again.history.attempt
+        self._move(Trigger.LOSS, reason, attempt=attempt, next_attempt_at=self._at(again.wait_s))
+        log.info(
+            "session.reconnect_scheduled",
+            extra={
+                "session": self.id,
+                "attempt": attempt,
+                "wait_s": round(again.wait_s, 3),
+                "reason": reason,
+            },
+        )
+
+    def _fail(self, end: GiveUp, reason: Reason, lost_at: float) -> None:
+        wait_s = end.cooldown_s
+        self.due_at = None if wait_s is None else lost_at + wait_s
+        self._move(
+            Trigger.SPENT,
+            Reason.FLAPPING if end.flapping else reason,
+            attempt=0,
+            next_attempt_at=None if wait_s is None else self._at(wait_s),
+        )
+
+    def _at(self, wait_s: float) -> float:
+        return round(self._host.wall() + wait_s, 3)
+
+    # Linking
+
+    def _begin_link(self, link: dict[str, Any], now: float) -> None:
+        """Take up a link request, or answer it at once."""
+        self._give_up_link(Reason.OPERATOR, now)
+        settings = self._host.settings
+        age_s = max(0.0, self._host.wall() - self.wanted.touched_at)
+        good = self.state not in (State.UNLINKED, State.LOGGED_OUT) and not link.get("again")
+        self._link = LinkAttempt(
+            request=str(link.get("request")),
+            method=str(link.get("method") or "qr"),
+            phone=link.get("phone"),
+            deadline=now + settings.link_attempt_s - age_s,
+            pairs=not (good and (self.process is not None or self._has_credentials())),
+            back=self.state,
+            back_reason=self.reason,
+        )
+        if age_s > settings.link_attempt_s:  # whoever asked is long gone
+            self._finish_link("failed", Reason.QR_EXPIRED, now)
+        elif self._link.pairs and not self._host.has_room(self.id):
+            self._finish_link("failed", Reason.CAPACITY, now)
+        elif not self._link.pairs and self.state is State.CONNECTED:
+            self._finish_link("linked", None, now)
+        elif not self._link.pairs and self.process is None:
+            self._start(now)
+
+    def _pursue_pairing(self, link: LinkAttempt, now: float) -> None:
+        process = self.process
+        self._set(generation=self.wanted.generation)
+        if process is None and now > link.deadline:
+            self._finish_link("failed", Reason.QR_EXPIRED, now)
+        elif process is None and now >= self._not_before:
+            self._pair(link, now)
+        elif process is None:
+            pass
+        elif process.kind == "device":
+            process.ask(now, drain_s=DRAIN_S)
+        elif process.request != link.request:
+            process.kill(now)
+        elif now > link.deadline and link.paired_at is None:
+            process.kill(now, Ending(EndingKind.LINK_FAILED, Reason.QR_EXPIRED))
+        elif link.paired_at is not None and now - link.paired_at > PAIRED_TO_ENDED_S:
+            process.kill(now)
+
+    def _pair(self, link: LinkAttempt, now: float) -> None:
+        if not self._spawn("pairing", {"method": link.method, "phone": link.phone}, now):
+            return
+        assert self.process is not None
+        self.process.request = link.request
+        self._move(Trigger.LINK, None, attempt=0, next_attempt_at=None)
+
+    def _on_pairing_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
+        self._link_file.unlink(missing_ok=True)
+        link = self._link
+        if link is None or link.request != process.request:
+            return  # given up, or another attempt follows at once
+        if ending.kind is EndingKind.LINKED or link.paired_at is not None:
+            self._adopt(link, now)
+        elif now <= link.deadline or ending.kind is EndingKind.LINK_FAILED:
+            self._finish_link("failed", ending.reason or Reason.CONNECTION_FAILED, now)
+
+    def _adopt(self, link: LinkAttempt, now: float) -> None:
+        """Make the new credentials the session's own, and log in with them."""
+        try:
+            with self._host.sessions.session_lock(self.id):
+                who = device_store.adopt(self._folder / "pairing.db", self._folder / "device.db")
+        except (DeviceStoreBroken, StorageError, OSError) as error:
+            log.error("link.not_adopted", extra={"session": self.id, "problem": str(error)})
+            self._finish_link("failed", Reason.CONNECTION_FAILED, now)
+            return
+        self._set(jid=who.jid, lid=who.lid, phone=who.phone, push_name=who.push_name)
+        link.pairs = False
+        self._start(now)
+
+    def _give_up_link(self, reason: Reason, now: float) -> None:
+        if self._link is not None:
+            self._finish_link("failed", reason, now)
+
+    def _finish_link(self, result: str, reason: Reason | None, now: float) -> None:
+        """Answer the link request, and leave the state where it belongs."""
+        link, self._link = self._link, None
+        assert link is not None
+        answer = {"request": link.request, "result": result, "reason": reason}
+        self._set(link={**answer, "sentence": sentence(reason, self.id)})
+        self._link_file.unlink(missing_ok=True)
+        self._note_event(f"link.{result}", reason=reason)
+        log.info(f"link.{result}", extra={"session": self.id, "reason": reason})
+        if self.state is not State.LINKING:
+            return
+        if link.back in _BACK:
+            self._move(_BACK[link.back], link.back_reason)
+        elif link.back is State.UNLINKED:
+            self._move(Trigger.UNPAIRED, reason)
+        else:  # the old credentials are as good as before
+            self._start(now)
+
+    # Saying what is
+
+    def _move(
+        self, trigger: Trigger, reason: Reason | None, *, said: str | None = None, **facts: Any
+    ) -> bool:
+        """Step to the next state; whether the trigger meant anything.
+
+        Args:
+            said: The sentence, where the reason's own does not fit.
+        """
+        before = self.record
+        following = step(self.state, trigger)
+        if following is None:
+            log.info("session.surprise", extra={"session": self.id, "trigger": trigger})
+            return False
+        is_same = (following, reason) == (before.state, before.reason)
+        since = before.since if following == before.state else round(self._host.wall(), 3)
+        said = sentence(reason, self.id) if said is None else said
+        self._set(state=following, reason=reason, sentence=said, since=since, **facts)
+        if not is_same:
+            self._tell_change(before)
+        return True
+
+    def _tell_change(self, before: StateRecord) -> None:
+        record = self.record
+        change = {
+            "state": record.state,
+            "reason": record.reason,
+            "sentence": record.sentence,
+            "previous": before.state,
+            "attempt": record.attempt,
+            "next_attempt_at": record.next_attempt_at,
+            "banned_until": record.banned_until,
+        }
+        log.info(
+            Event.STATE_CHANGED,
+            extra={
+                "session": self.id,
+                "state": record.state,
+                "previous": before.state,
+                "reason": record.reason,
+            },
+        )
+        self._note_event(Event.STATE_CHANGED, **change)
+        self._host.told(Event.STATE_CHANGED, self.id, change)
+
+    def _note_event(self, event: str, **facts: Any) -> None:
+        self._history.add({"event": event, **facts}, now=self._host.wall())
+
+    def _set(self, **facts: Any) -> None:
+        record = self.record
+        if any(getattr(record, name) != value for name, value in facts.items()):
+            self.record = dataclasses.replace(record, **facts)
+
+    def _save(self, now: float) -> None:
+        """Write state.json when it says something new; soon for states, later for the rest."""
+        if self.record == self._saved or self._is_gone or now < self._retry_save_at:
+            return
+        if now < self._save_at and self._saved and _lasting(self.record) == _lasting(self._saved):
+            return
+        try:
+            self._host.sessions.put_state(self.id, self.record)
+        except RecordMissing:
+            return
+        except StorageError as error:
+            self._retry_save_at = now + SAVE_EVERY_S
+            log.error("session.not_saved", extra={"session": self.id, "problem": str(error)})
+            return
+        self._saved, self._save_at = self.record, now + SAVE_EVERY_S
+
+    # Leaving
+
+    def leave(self, now: float, *, drain_s: float) -> None:
+        """The supervisor shuts down: ask the process to end. Nothing is started any more."""
+        self._link_file.unlink(missing_ok=True)
+        if self.process is None:
+            return
+        if self.process.kind == "pairing":
+            self.process.kill(now)
+        else:
+            self.process.ask(now, drain_s=drain_s, verdict=Ending(EndingKind.STOPPED))
+
+    def left(self, now: float) -> None:
+        """The last word of a supervisor that shuts down; without one nothing is connected."""
+        if self.state in _WORKING and self.state is not State.FAILED and self.wanted.run == "run":
+            self._move(Trigger.STOP, Reason.OPERATOR, said=_LEFT, next_attempt_at=None, attempt=0)
+        self._retry_save_at = 0.0
+        self._save(now)
+
+
+_LEFT = "The supervisor was shut down. The session starts again with it: whatsapp-worker run"
+
+
+def _lasting(record: StateRecord) -> StateRecord:
+    return dataclasses.replace(record, **dict.fromkeys(_FLEETING, None))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Whole or not at all, for this user's eyes only; gone with the code's usefulness."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=0o600)
+    temporary.write_text(text)
+    temporary.replace(path)
