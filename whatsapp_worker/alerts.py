@@ -1,0 +1,294 @@
+"""Alerts to Sentry: the only file that imports sentry_sdk.
+
+The supervisor alone tells Sentry of its devices; they report to it. A thread does all of it, so
+neither a Sentry that hangs nor a full disk ever holds up the supervisor.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sentry_sdk
+from sentry_sdk.integrations.logging import LoggingIntegration
+from sentry_sdk.transport import HttpTransport
+from sentry_sdk.types import Event, Hint
+from sentry_sdk.utils import BadDsn
+
+from storage.documents import Document
+from storage.errors import StorageError
+from whatsapp_worker.alert_policy import Alert, Memory, scrub
+from whatsapp_worker.errors import SettingsError
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 2.0
+VERSION = 1
+_WAITING_MAX = 1000  # alerts that the thread has not taken up
+_SENT_MAX = 200  # alerts remembered in case Sentry does not take them
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+
+
+class Alerts:
+    """Tells Sentry what a person must know, at most once per ALERT_REPEAT_S for the same thing.
+
+    What was told is remembered in a file, so a restarted supervisor does not repeat it. Without a
+    DSN alerts are log lines only.
+    """
+
+    def __init__(
+        self,
+        dsn: str | None,
+        *,
+        host: str,
+        memory: Path,
+        repeat_s: float,
+        release: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            dsn: SENTRY_DSN.
+            host: WORKER_HOST; the tag `host`.
+            memory: The file that remembers; its folder exists.
+            repeat_s: ALERT_REPEAT_S.
+            release: Version of this software.
+            clock: UTC seconds.
+
+        Raises:
+            SettingsError: SENTRY_DSN is no DSN.
+        """
+        self._clock = clock
+        self._host = host
+        self._document = Document(memory, version=VERSION, check=_check(repeat_s))
+        self._repeat_s = repeat_s
+        self._client = _client(dsn, host=host, release=release) if dsn else None
+        self._sent: OrderedDict[str, Alert] = OrderedDict()
+        self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_MAX)
+        self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
+        if self._client and isinstance(self._client.transport, _Transport):
+            self._client.transport.on_lost = self._on_lost
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def raise_alert(self, alert: Alert) -> None:
+        """Tell it if it is time to; never blocks and never raises."""
+        dated = dataclasses.replace(alert, at=alert.at or self._clock())
+        self._order(lambda: self._judge(dated))
+
+    def close(self, *, timeout_s: float = FLUSH_S) -> bool:
+        """Tell what waits and end; whether the thread was done within `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
+            self._orders.put(None, timeout=timeout_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._client:
+            self._client.close(timeout=max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            return False
+        self._take_up_rest()
+        return True
+
+    def _take_up_rest(self) -> None:
+        """What Sentry refused while closing is kept for the next process."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                order = self._orders.get_nowait()
+                if order:
+                    order()
+
+    def _order(self, order: Callable[[], None] | None) -> None:
+        try:
+            self._orders.put_nowait(order)
+        except queue.Full:
+            log.warning("alert.dropped", extra={"waiting": _WAITING_MAX})
+
+    def _run(self) -> None:
+        self._memory = self._recall()
+        is_open = True
+        while is_open:
+            is_open = self._step()
+
+    def _step(self) -> bool:
+        """Carry out one order, or tell what waited; False when it is time to end."""
+        with contextlib.suppress(queue.Empty):
+            order = self._orders.get(timeout=self._patience_s())
+            if order is None:
+                return False
+            order()
+        due = self._memory.due(self._clock())
+        for alert in due:
+            self._tell(alert)
+        if due:
+            self._remember()
+        return True
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for an order; None when nothing else is to be done."""
+        due = self._memory.next_due()
+        # At most a minute: the clock may be set forward meanwhile.
+        return None if due is None else min(60.0, max(0.0, due - self._clock()))
+
+    def _judge(self, alert: Alert) -> None:
+        told = self._memory.judge(alert, alert.at)
+        if told:
+            self._tell(told)
+        self._remember()
+
+    def _tell(self, alert: Alert) -> None:
+        log.log(
+            _LEVELS[alert.level or "info"],
+            "alert.raised",
+            extra={"alert": alert.event, "session": alert.session, **alert.tags},
+        )
+        if self._client is None:
+            return
+        event = _event(alert, self._host)
+        self._sent[event["event_id"]] = alert
+        while len(self._sent) > _SENT_MAX:
+            self._sent.popitem(last=False)
+        try:
+            self._client.capture_event(event)
+        except Exception:  # the SDK must never end the thread
+            log.exception("alert.not_sent")
+
+    def _on_lost(self, event_id: str) -> None:
+        """Sentry did not take an event; called on any thread."""
+        self._order(lambda: self._give_back(event_id))
+
+    def _give_back(self, event_id: str) -> None:
+        alert = self._sent.pop(event_id, None)
+        if alert:
+            log.warning("alert.delayed", extra={"alert": alert.event, "session": alert.session})
+            self._memory.give_back(alert, self._clock())
+            self._remember()
+
+    def _recall(self) -> Memory:
+        try:
+            return Memory(repeat_s=self._repeat_s, fields=self._document.read())
+        except StorageError as error:
+            log.warning("alerts.memory_unreadable", extra={"problem": str(error)})
+            return Memory(repeat_s=self._repeat_s)
+
+    def _remember(self) -> None:
+        try:
+            self._document.write(self._memory.as_fields())
+        except StorageError as error:
+            log.warning("alerts.memory_not_saved", extra={"problem": str(error)})
+
+
+def maintenance_sentry(dsn: str | None, *, host: str, release: str) -> None:
+    """Report failed jobs of this process, the maintenance worker, by RQ's integration.
+
+    Call it once, at process entry, before the worker is made. Nowhere else: it would report every
+    message that failed. Nothing happens without a DSN.
+    """
+    if not dsn:
+        return
+    from sentry_sdk.integrations.rq import RqIntegration
+
+    sentry_sdk.init(
+        dsn,
+        **_options(host, release),
+        integrations=[_quiet_logging(), RqIntegration()],
+        before_send=_before_maintenance_send,
+    )
+    sentry_sdk.get_global_scope().set_tags({"host": host, "event": "purge.failed"})
+
+
+class _Transport(HttpTransport):
+    """Sentry's own, which also says what was lost."""
+
+    on_lost: Callable[[str], None] = staticmethod(lambda event_id: None)
+
+    def record_lost_event(
+        self, reason: str, data_category: Any = None, item: Any = None, *, quantity: int = 1
+    ) -> None:
+        event = item.get_event() if item is not None else None
+        if event and reason in ("network_error", "queue_overflow"):
+            self.on_lost(str(event["event_id"]))
+
+
+def _client(dsn: str, *, host: str, release: str) -> "sentry_sdk.Client":
+    """A client of our own: nothing in this process is captured but what we hand to it."""
+    try:
+        return sentry_sdk.Client(
+            dsn,
+            **_options(host, release),
+            integrations=[_quiet_logging()],
+            transport=_Transport,
+            before_send=_before_send,
+        )
+    except BadDsn as error:
+        raise SettingsError([f"SENTRY_DSN is no DSN: {error}"]) from error
+
+
+def _options(host: str, release: str) -> dict[str, Any]:
+    return {
+        "release": release,
+        "server_name": host,
+        # Each of them could capture arguments, queries or URLs.
+        "default_integrations": False,
+        "auto_enabling_integrations": False,
+        "send_default_pii": False,
+        "include_local_variables": False,
+        "max_request_body_size": "never",
+        "max_breadcrumbs": 0,
+        "auto_session_tracking": False,
+        "send_client_reports": False,
+        "enable_backpressure_handling": False,
+        "spotlight": False,
+        "shutdown_timeout": FLUSH_S,
+    }
+
+
+def _quiet_logging() -> LoggingIntegration:
+    # Logging alone never alerts, and log lines never travel.
+    return LoggingIntegration(level=None, event_level=None)
+
+
+def _event(alert: Alert, host: str) -> Event:
+    tags = {"event": alert.event, "host": host, **alert.tags}
+    if alert.session:
+        tags["session"] = alert.session
+    return {
+        "event_id": uuid.uuid4().hex,
+        "timestamp": datetime.fromtimestamp(alert.at, UTC),
+        "level": alert.level or "info",
+        "logger": "whatsapp_worker",
+        "message": alert.text,
+        "fingerprint": alert.key.split(),
+        "tags": tags,
+        "contexts": {"alert": dict(alert.context)} if alert.context else {},
+    }
+
+
+def _before_send(event: Event, hint: Hint) -> Event:
+    for name in ("message", "fingerprint", "tags", "contexts"):
+        if name in event:
+            event[name] = scrub(event[name])
+    return event
+
+
+def _before_maintenance_send(event: Event, hint: Hint) -> Event:
+    job = event.get("extra", {}).get("rq-job")
+    if isinstance(job, dict):
+        job.pop("description", None)  # RQ's default repeats the arguments
+    for problem in (event.get("exception") or {}).get("values", []):
+        problem["value"] = scrub(problem.get("value"))
+    event["extra"] = scrub(event.get("extra", {}))
+    return _before_send(event, hint)
+
+
+def _check(repeat_s: float) -> Callable[[dict[str, Any]], object]:
+    return lambda fields: Memory(repeat_s=repeat_s, fields=fields)
