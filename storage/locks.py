@@ -21,6 +21,7 @@ from storage.errors import LockHeld, LockUnusable
 _SLEEP_MIN_S = 0.0005
 _SLEEP_MAX_S = 0.01
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_NFS_UNLOCKED = {"nolock", "local_lock=all", "local_lock=flock"}
 
 
 class FileLock:
@@ -184,12 +185,19 @@ def _unlocked_nfs(folder: Path) -> str | None:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return None
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        kind, _, rest = right.partition(" ")
-        if left.split(" ")[2] == wanted and kind in ("nfs", "nfs4"):
-            options = set(rest.split(" ")[-1].split(","))
-            if found := options & {"nolock", "local_lock=all", "local_lock=flock"}:
-                return ",".join(sorted(found))
+    return unlocked_nfs(lines, f"{os.major(device)}:{os.minor(device)}")
+
+
+def unlocked_nfs(mountinfo: list[str], device: str) -> str | None:
+    """The options that keep an NFS mount from locking between hosts; None for any other mount.
+
+    Args:
+        mountinfo: Lines of /proc/self/mountinfo, see proc(5).
+        device: `major:minor` of the filesystem in question.
+    """
+    for line in mountinfo:
+        mount, _, filesystem = line.partition(" - ")
+        if mount.split(" ")[2:3] == [device] and filesystem.startswith(("nfs ", "nfs4 ")):
+            options = set(filesystem.split(" ")[-1].split(","))
+            return ",".join(sorted(options & _NFS_UNLOCKED)) or None
     return None

@@ -1,0 +1,273 @@
+"""What operators want and what is: records that survive their writers."""
+
+import dataclasses
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.errors import (
+    DocumentBroken,
+    DocumentError,
+    DocumentNewer,
+    RecordBeingDeleted,
+    RecordExists,
+    RecordMissing,
+)
+from storage.sessions import Sessions, StateRecord, Wanted
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Sessions:
+    return Sessions(tmp_path / "data")
+
+
+def made(sessions: Sessions, id: str = "sales") -> Wanted:
+    return sessions.create(id, network="sandbox", now=100.0, why="operator")
+
+
+def stopped(wanted: Wanted) -> Wanted:
+    return dataclasses.replace(wanted, run="stop")
+
+
+def test_an_absent_data_folder_holds_nothing(sessions: Sessions) -> None:
+    assert sessions.ids() == []
+    assert sessions.changed() == set()
+    assert sessions.wanted("sales") is None
+    assert sessions.state("sales") is None
+    assert sessions.clean() == []
+    with pytest.raises(RecordMissing):
+        sessions.want("sales", stopped)
+    with pytest.raises(RecordMissing):
+        sessions.put_state("sales", StateRecord(generation=1, state="unlinked", since=1.0))
+    assert not sessions.data_dir.exists()
+
+
+def test_a_new_session_is_wanted_to_run_and_was_touched_now(sessions: Sessions) -> None:
+    wanted = made(sessions)
+    assert wanted == sessions.wanted("sales")
+    assert (wanted.run, wanted.generation, wanted.created_at, wanted.touched_at) == (
+        "run",
+        1,
+        100.0,
+        100.0,
+    )
+    with pytest.raises(RecordExists):
+        made(sessions)
+    for path in (sessions.data_dir, sessions.folder("sales")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_every_change_raises_the_generation(sessions: Sessions) -> None:
+    made(sessions)
+    assert sessions.want("sales", stopped, now=200.0).generation == 2
+    wanted = sessions.want("sales", lambda wanted: wanted)
+    assert (wanted.generation, wanted.run, wanted.touched_at) == (3, "stop", 200.0)
+    assert sessions.wanted("sales") == wanted
+
+
+def test_fields_of_other_versions_are_kept(sessions: Sessions) -> None:
+    made(sessions)
+    path = sessions.folder("sales") / "wanted.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "blue"}))
+    sessions.want("sales", stopped)
+    assert json.loads(path.read_text())["colour"] == "blue"
+
+
+def test_a_state_comes_back_as_it_was_put(sessions: Sessions) -> None:
+    made(sessions)
+    state = StateRecord(
+        generation=3, state="connected", since=5.5, jid="1@s", queue={"depth": 1}, pid=7
+    )
+    sessions.put_state("sales", state)
+    assert sessions.state("sales") == state
+
+
+def test_names_that_are_no_ids_are_refused(sessions: Sessions) -> None:
+    for name in ("", "..", "a/b", "A", ".deleted-x", "a" * 65, "a\n"):
+        with pytest.raises(ValueError, match="no session id"):
+            sessions.folder(name)
+
+
+def test_changes_are_told_once_each(sessions: Sessions) -> None:
+    made(sessions)
+    made(sessions, "other")
+    assert sessions.changed() == {"sales", "other"}
+    assert sessions.changed() == set()
+    sessions.want("sales", stopped)
+    assert sessions.changed() == {"sales"}
+    sessions.put_state("sales", StateRecord(generation=1, state="stopped", since=1.0))
+    assert sessions.changed() == set()
+    Sessions(sessions.data_dir).remove("sales")
+    made(sessions, "third")
+    assert sessions.changed() == {"sales", "third"}
+
+
+def test_a_broken_record_stops_no_other(sessions: Sessions) -> None:
+    made(sessions)
+    made(sessions, "other")
+    (sessions.folder("sales") / "wanted.json").write_bytes(b"rubbish")
+    assert sessions.ids() == ["other", "sales"]
+    with pytest.raises(DocumentBroken):
+        sessions.wanted("sales")
+    assert sessions.wanted("other") is not None
+    (sessions.folder("other") / "state.json").write_bytes(b"rubbish")
+    sessions.put_state("other", StateRecord(generation=1, state="unlinked", since=1.0))
+    assert sessions.state("other") is not None
+
+
+def test_a_record_of_a_newer_version_is_left_alone(sessions: Sessions) -> None:
+    made(sessions)
+    path = sessions.folder("sales") / "wanted.json"
+    path.write_text('{"version": 2}')
+    with pytest.raises(DocumentNewer):
+        sessions.want("sales", stopped)
+    assert path.read_text() == '{"version": 2}'
+
+
+# Deletion
+
+
+def test_a_deletion_is_never_taken_back(sessions: Sessions) -> None:
+    made(sessions)
+    sessions.want("sales", lambda wanted: dataclasses.replace(wanted, run="delete"))
+    with pytest.raises(RecordBeingDeleted):
+        sessions.want("sales", lambda wanted: dataclasses.replace(wanted, run="run"))
+
+
+def test_a_tombstone_outweighs_what_the_record_says(sessions: Sessions) -> None:
+    made(sessions)
+    sessions.tombstones.add("sales", None, "purge", 5.0)
+    wanted = sessions.wanted("sales")
+    assert wanted is not None
+    assert (wanted.run, wanted.why) == ("delete", "purge")
+    with pytest.raises(RecordBeingDeleted):
+        sessions.want("sales", lambda wanted: dataclasses.replace(wanted, run="run"))
+    with pytest.raises(RecordBeingDeleted):
+        made(sessions)
+
+
+def test_a_deleted_id_may_be_created_again_on_purpose(sessions: Sessions) -> None:
+    made(sessions)
+    sessions.tombstones.add("sales", None, "purge", 5.0)
+    sessions.remove("sales")
+    sessions.remove("sales")
+    assert sessions.wanted("sales") is None
+    assert made(sessions).run == "run"
+    assert sessions.tombstones.find("sales") is None
+
+
+def test_a_removal_killed_at_any_step_leaves_a_whole_session_or_none(tmp_path: Path) -> None:
+    step = 0
+    while True:
+        sessions = Sessions(tmp_path / str(step))
+        made(sessions)
+        sessions.put_state("sales", StateRecord(generation=1, state="stopped", since=1.0))
+        before = sorted(path.name for path in sessions.folder("sales").iterdir())
+        was_killed = faults.killed_at(step, lambda sessions=sessions: sessions.remove("sales"))
+        folder = sessions.folder("sales")
+        if folder.exists():
+            assert sorted(path.name for path in folder.iterdir()) == before
+        sessions.clean()
+        left = [path.name for path in (sessions.data_dir / "sessions").iterdir()]
+        assert left in ([], ["sales"])
+        if not was_killed:
+            assert left == []
+            break
+        step += 1
+    assert step > 4
+
+
+def test_a_creation_killed_at_any_step_can_be_repeated(tmp_path: Path) -> None:
+    step = 0
+    while True:
+        sessions = Sessions(tmp_path / str(step))
+        was_killed = faults.killed_at(step, lambda sessions=sessions: made(sessions))
+        if sessions.wanted("sales") is None:
+            made(sessions)
+        assert sessions.wanted("sales") is not None
+        if not was_killed:
+            break
+        step += 1
+    assert step > 6
+
+
+# The install key
+
+
+def test_the_install_key_is_made_once_and_private(sessions: Sessions) -> None:
+    sessions.prepare()
+    key = sessions.install_key()
+    assert len(key) == 32
+    assert Sessions(sessions.data_dir).install_key() == key
+    assert stat.S_IMODE((sessions.data_dir / "install.key").stat().st_mode) == 0o600
+
+
+def test_processes_that_start_together_agree_on_the_install_key(sessions: Sessions) -> None:
+    sessions.prepare()
+    reading, writing = os.pipe()
+    children = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            os.write(writing, sessions.install_key())
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    assert {said[i : i + 32] for i in range(0, len(said), 32)} == {sessions.install_key()}
+    assert [path.name for path in sessions.data_dir.iterdir() if "key" in path.name] == [
+        "install.key"
+    ]
+
+
+def test_a_damaged_install_key_is_never_replaced(sessions: Sessions) -> None:
+    sessions.prepare()
+    (sessions.data_dir / "install.key").write_bytes(b"short")
+    with pytest.raises(DocumentBroken, match="restore it from a backup"):
+        sessions.install_key()
+    assert (sessions.data_dir / "install.key").read_bytes() == b"short"
+
+
+# Anything at all
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+FIELDS = [field.name for field in dataclasses.fields(Wanted)]
+FIELDS += [field.name for field in dataclasses.fields(StateRecord)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(["wanted.json", "state.json"]),
+    data=st.binary(max_size=200)
+    | st.dictionaries(st.sampled_from(FIELDS), ANYTHING).map(lambda fields: json.dumps(fields)),
+)
+def test_whatever_lies_in_a_record_only_that_session_is_hurt(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: Any
+) -> None:
+    sessions = Sessions(tmp_path_factory.mktemp("any"))
+    made(sessions)
+    made(sessions, "other")
+    path = sessions.folder("sales") / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    for read in (sessions.wanted, sessions.state):
+        try:
+            found = read("sales")
+        except DocumentError:
+            continue
+        assert found is None or dataclasses.asdict(found)
+    assert sessions.ids() == ["other", "sales"]
+    assert sessions.wanted("other") is not None
