@@ -6,7 +6,7 @@ answer a packet. It stays single-threaded, so that a fork is safe, and never loa
 a forked Go runtime hangs. At the end of its socket it exits; its children go on, since each hangs
 on its own channel, and the supervisor adopts them.
 
-    request  {"run": id, "kind": "device" | "pairing", "session": ..., "settings": {...}, "args": {}}
+    request  {"run": id, "kind": "device" or "pairing", "session", "settings": {}, "args": {}}
     answers  {"forked": id, "pid": n}    {"failed": id, "problem": "..."}
              {"exited": pid, "status": wait status}    {"ready": true}
 """
@@ -100,11 +100,11 @@ class ForkHelper:
         self._wake = (wake_read, wake_write)
         self._say(ready=True)
         while True:
-            readable, _, _ = select.select([self._sock, wake_read], [], [])
+            readable, _, _ = select.select([self._sock.fileno(), wake_read], [], [])
             if wake_read in readable:
                 os.read(wake_read, 4096)
                 self._reap()
-            if self._sock in readable and not self._serve():
+            if self._sock.fileno() in readable and not self._serve():
                 return
 
     def _serve(self) -> bool:
@@ -197,7 +197,10 @@ def main(descriptor: int) -> int:
     preload()
     from whatsapp_worker import device_process, pairing
 
-    children = {"device": device_process.main, "pairing": pairing.main}
+    children: dict[str, Callable[..., Any]] = {
+        "device": device_process.main,
+        "pairing": pairing.main,
+    }
     ForkHelper(socket.socket(fileno=descriptor), children=children).run()
     return 0
 

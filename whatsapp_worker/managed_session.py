@@ -489,11 +489,7 @@ class ManagedSession:
             return Ending(EndingKind.CRASHED, Reason.PROCESS_HUNG, "no progress")
         if process.closed_at is not None and now - process.closed_at > CONNECT_MARGIN_S:
             return Ending(EndingKind.CRASHED, Reason.PROCESS_HUNG, "closed its channel")
-        if (
-            process.kind == "device"
-            and process.login_at is None
-            and process.connecting_at is not None
-        ):
+        if process.is_dialling and process.connecting_at is not None:
             limit_s = settings.connect_timeout_s + CONNECT_MARGIN_S
             if process.is_canary:  # a dial into a dead network must not hold up the next
                 limit_s = min(limit_s, reconnect.CANARY_EVERY_S)
@@ -820,7 +816,8 @@ _LEFT = "The supervisor was shut down. The session starts again with it: whatsap
 
 
 def _lasting(record: StateRecord) -> StateRecord:
-    return dataclasses.replace(record, **dict.fromkeys(_FLEETING, None))
+    nothing: dict[str, Any] = dict.fromkeys(_FLEETING)
+    return dataclasses.replace(record, **nothing)
 
 
 def _write_private(path: Path, text: str) -> None:

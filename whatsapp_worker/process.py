@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -19,7 +20,7 @@ def _prctl(option: int, argument: int | bytes) -> bool:
     if sys.platform != "linux":
         return False
     value = argument if isinstance(argument, bytes) else ctypes.c_ulong(argument)
-    return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
+    return int(ctypes.CDLL(None).prctl(option, value, 0, 0, 0)) == 0
 
 
 def adopt_orphans() -> bool:
@@ -32,16 +33,26 @@ def set_name(name: str) -> bool:
     return _prctl(_PR_SET_NAME, name.encode()[:15] + b"\0")
 
 
-def start_bound(command: Sequence[str], *, environ: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def start_bound(
+    command: Sequence[str], *, environ: Mapping[str, str], output: "int | IO[bytes]" = 2
+) -> "subprocess.Popen[bytes]":
     """Start a program that gets SIGTERM when the calling thread ends, however that happens.
 
     Call it on a thread that lives as long as the program should (the main thread): Linux watches
     the thread that forked. The program gets a session of its own, so that Ctrl-C in a terminal
-    reaches only its owner, and its output goes to our stderr.
+    reaches only its owner.
+
+    Args:
+        output: Where its stdout and stderr go; our stderr without it.
     """
     wrapper = [sys.executable, "-m", "whatsapp_worker.process", str(os.getpid()), *command]
     return subprocess.Popen(
-        wrapper, env=importable(environ), stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+        wrapper,
+        env=importable(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
     )
 
 

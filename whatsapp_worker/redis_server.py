@@ -1,4 +1,4 @@
-"""A Redis of our own under the data folder, for those who have none, and where Redis is to be found.
+"""A Redis of our own under the data folder, for those who have none, and where Redis is.
 
 It listens on a Unix socket in DATA_DIR/redis (or on loopback with a password where that path is
 too long for a socket), keeps an append-only file there, never evicts, and ends with its owner.
