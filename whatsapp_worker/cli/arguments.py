@@ -72,21 +72,13 @@ def _processes(commands: Any) -> None:
     run.add_argument(
         "--all",
         action="store_true",
-        help="also run the events and maintenance processes as children, for hosts without a"
-        " process manager",
+        help="also run the events process as a child, for hosts without a process manager",
     )
     _command(
         commands,
         "events",
         "processes:events",
         "Write delivery and read receipts from the stream wa:events into the ledger.",
-        serves=True,
-    )
-    _command(
-        commands,
-        "maintenance",
-        "processes:maintenance",
-        "Run the periodic jobs of this host.",
         serves=True,
     )
     sandbox = _command(

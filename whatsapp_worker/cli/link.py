@@ -1,5 +1,7 @@
 """`whatsapp-worker link`: shows codes as they rotate, until a phone has taken one."""
 
+import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -57,6 +59,7 @@ class Screen:
         self._png = png
         self._height = 0  # lines of the drawn code, with the count-down below it
         self._code: Code | None = None
+        self._hint = ""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -103,27 +106,16 @@ class Screen:
             talk(
                 paint(HOW_TO_SCAN if code.kind == "qr" else HOW_TO_TYPE, "bold", stream=sys.stderr)
             )
-            self._warn_if_small(rows)
         print("\n".join(rows), flush=True)
         self._height, self._code = len(rows), code
+        self._hint = "" if self._fits(rows) else _hint(rows)
         self._count_down()
 
     def _fits(self, rows: list[str]) -> bool:
-        import shutil
-
-        return sys.stdout.isatty() and shutil.get_terminal_size().lines > len(rows) + 1
-
-    def _warn_if_small(self, rows: list[str]) -> None:
-        import shutil
-
-        if not sys.stdout.isatty():
-            return
-        size, width = shutil.get_terminal_size(), _visible_width(rows[0])
-        if size.columns < width or size.lines <= len(rows):
-            talk(
-                f"This terminal has {size.columns} x {size.lines} characters; the code needs"
-                f" {width} x {len(rows) + 2}. Enlarge it, shrink its font, or use --png FILE."
-            )
+        size = shutil.get_terminal_size()
+        return (
+            sys.stdout.isatty() and size.lines > len(rows) + 1 and size.columns >= _width(rows[0])
+        )
 
     def _tick(self) -> None:
         while not self._stop.wait(1):
@@ -135,7 +127,7 @@ class Screen:
             return
         left = round(self._code.expires_in_s)
         text = f"{left} s left" if left else "waiting for the next code"
-        print(f"\r\x1b[2K{paint(text, 'dim')}", end="", flush=True)
+        print(f"\r\x1b[2K{paint(text, 'dim')}{self._hint}", end="", flush=True)
 
     def _end_count_down(self) -> None:
         if self._code is not None and sys.stdout.isatty():
@@ -174,7 +166,10 @@ def drawing(code: Code, *, colours: bool) -> list[str]:
     return qr.lines(code.code, colours=colours)
 
 
-def _visible_width(row: str) -> int:
-    import re
+def _hint(rows: list[str]) -> str:
+    """For a terminal that cannot show the code whole."""
+    return f"; needs {_width(rows[0])} x {len(rows) + 2} characters here: enlarge, or use --png"
 
+
+def _width(row: str) -> int:
     return len(re.sub(r"\x1b\[[0-9;]*m", "", row))

@@ -1,4 +1,4 @@
-"""The commands that are processes: run, events, maintenance, sandbox, demo."""
+"""The commands that are processes: run, events, sandbox, demo."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ def run(options: Options, settings: Settings) -> int:
     """Serve `run`: the supervisor, in the foreground."""
     from whatsapp_worker import supervisor
 
-    return supervisor.run(settings, also=["events", "maintenance"] if options.all else [])
+    return supervisor.run(settings, also=["events"] if options.all else [])
 
 
 def events(options: Options, settings: Settings) -> int:
