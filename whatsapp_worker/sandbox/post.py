@@ -99,7 +99,7 @@ class Post:
     def take_ack(self, device: Device, node: Node) -> None:
         """A device got something: it need not be kept any more."""
         kind = node.text("class")
-        detail = node.text("type") if kind == "receipt" else ""
+        detail = "" if kind == "message" else node.text("type")
         device.in_flight.pop((kind, node.text("id"), node.text("to"), detail), None)
 
     def take_receipt(self, device: Device, link: Link, node: Node) -> None:
@@ -122,7 +122,7 @@ class Post:
         if device.link is None:
             self._network.store.add_waiting(device, [node])
             return
-        detail = node.text("type") if node.tag == "receipt" else ""
+        detail = "" if node.tag == "message" else node.text("type")
         if len(device.in_flight) >= MAX_IN_FLIGHT:
             device.in_flight.pop(next(iter(device.in_flight)))
         device.in_flight[node.tag, node.text("id"), node.text("from"), detail] = node
@@ -170,6 +170,17 @@ class Post:
         for row in rows:
             self._send_receipt(row, step)
         return len(rows)
+
+    def tell_devices(self, phone: str) -> None:
+        """Tell the devices of a number that there is one more or less of them."""
+        attrs: Attrs = {
+            "from": self._network.lid(phone),
+            "type": "devices",
+            "id": secrets.token_hex(8),
+            "t": unix_time(),
+        }
+        for device in self._network.devices_of(phone):
+            self.deliver(device, Node("notification", dict(attrs), [Node("update")]))
 
     # Inside
 
