@@ -372,6 +372,10 @@ _OF_CONSUMED = {
         Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "neonize was not connected"),
         Exit.CONNECTION_ENDED,
     ),
+    Consumed.LOGGED_OUT: (
+        Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT, "neonize has no credentials any more"),
+        Exit.CONNECTION_ENDED,
+    ),
 }
 
 

@@ -71,7 +71,6 @@ class Pairing:
         self._departure = Departure()
         self._facts: queue.SimpleQueue[facts.Fact | None] = queue.SimpleQueue()
         self._codes = 0
-        self._code_ends_at = 0.0
         self._paired: facts.Paired | None = None
         self._deadline = time.monotonic() + settings.link_attempt_s
         self._beat_due_at = 0.0
@@ -153,7 +152,6 @@ class Pairing:
     def _show(self, device: Device, code: str) -> Ending | None:
         self._codes += 1
         lasts_s = FIRST_CODE_S if self._codes == 1 else NEXT_CODE_S
-        self._code_ends_at = time.monotonic() + lasts_s
         if self._phone is None:
             self._channel.send(report="qr", code=code, expires_in_s=lasts_s, number=self._codes)
         elif self._codes == 1:  # whatsmeow is ready for a pairing code once it has a QR code
@@ -172,12 +170,9 @@ class Pairing:
             return None
         if status == "err-client-outdated":
             return Ending(EndingKind.OUTDATED, Reason.CLIENT_OUTDATED)
-        if status != "timeout":
-            return _refused_link(status)
-        # whatsmeow says "timeout" of a lost socket, too.
-        if self._codes and time.monotonic() >= self._code_ends_at - 1.0:
+        if status == "timeout":  # of a lost socket, too: the remedy is the same
             return Ending(EndingKind.LINK_FAILED, Reason.QR_EXPIRED, "no code was scanned")
-        return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "the connection was lost")
+        return _refused_link(status)
 
     def _accepted(self, paired: facts.Paired) -> None:
         self._paired = paired

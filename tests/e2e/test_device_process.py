@@ -1,0 +1,476 @@
+"""Device and pairing processes with real neonize; the test is their supervisor."""
+
+import itertools
+import os
+import signal
+import sqlite3
+import time
+from contextlib import closing
+
+import pytest
+from leashed import Leashed
+from world import World, eventually
+
+from storage.sessions import Sessions
+from whatsapp_worker import device_store
+from whatsapp_worker.endings import EndingKind
+from whatsapp_worker.reports import Exit
+from whatsapp_worker.session import Reason
+
+
+class Bench:
+    """A sandbox, a Redis, and processes on leashes that the test holds."""
+
+    def __init__(self, folder):
+        self.world = World(folder, HEALTH_CHECK_INTERVAL_S="0.5", CONNECT_TIMEOUT_S="20")
+        self.world.start_sandbox()
+        self.control = self.world.control
+        self.sessions = Sessions(self.world.data)
+        self.sessions.prepare()
+        self.leashed = []
+        self._phones = 0
+
+    def start(self, kind, session, *, environ=None, **arguments):
+        log = self.world.folder / f"{session}.log"
+        environ = self.world.environ | (environ or {})
+        self.leashed.append(Leashed(kind, session, environ, log, **arguments))
+        return self.leashed[-1]
+
+    def create(self, session):
+        self.sessions.create(session, network="sandbox", now=time.time())
+        return self.sessions.folder(session)
+
+    def link(self, session):
+        """A linked session; returns its phone number."""
+        folder = self.create(session)
+        self._phones += 1
+        phone = f"55119800000{self._phones:02d}"
+        pairing = self.start("pairing", session, method="qr")
+        self.control.scan(pairing.expect("qr")["code"], phone=phone)
+        ending, code = pairing.ended()
+        assert (ending.kind, code) == (EndingKind.LINKED, 0)
+        device_store.adopt(folder / "pairing.db", folder / "device.db")
+        return phone
+
+    def connect(self, session, **environ):
+        """A device process that has logged in."""
+        device = self.start("device", session, environ=environ)
+        device.expect("connected", within_s=20)
+        return device
+
+    def ended_lock(self, session):
+        lock = self.sessions.session_lock(session)
+        lock.acquire(5)
+        lock.release()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    made = Bench(tmp_path_factory.mktemp("bench"))
+    yield made
+    made.world.close()
+
+
+@pytest.fixture
+def bench(shared):
+    shared.control.reset()
+    yield shared
+    for leashed in shared.leashed:
+        leashed.close()
+    shared.leashed.clear()
+
+
+_numbers = itertools.count()
+
+
+def unique(name):
+    return f"{name}{next(_numbers)}"
+
+
+# Linking
+
+
+def test_a_scanned_code_links_and_leaves_usable_credentials(bench):
+    session = unique("link")
+    folder = bench.create(session)
+    pairing = bench.start("pairing", session, method="qr")
+    assert pairing.expect("started")["pid"] == pairing.pid
+    code = pairing.expect("qr")
+    assert code["number"] == 1 and code["expires_in_s"] == 60
+    bench.control.scan(code["code"], phone="5511970000001")
+    assert pairing.expect("paired")["phone"] == "5511970000001"
+    ending, exit_code = pairing.ended()
+    assert (ending.kind, exit_code) == (EndingKind.LINKED, Exit.OK)
+    assert (folder / "pairing.db").stat().st_mode & 0o777 == 0o600
+    who = device_store.adopt(folder / "pairing.db", folder / "device.db")
+    assert who.phone == "5511970000001" and who.lid
+
+
+def test_a_wrong_hmac_ends_the_attempt_at_once_and_says_so(bench):
+    session = unique("hmac")
+    bench.create(session)
+    pairing = bench.start("pairing", session, method="qr")
+    bench.control.scan(pairing.expect("qr")["code"], hmac="wrong")
+    ending, _ = pairing.ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.LINK_REFUSED)
+
+
+def test_codes_that_expired_end_the_attempt_at_once(bench):
+    session = unique("expired")
+    bench.create(session)
+    pairing = bench.start("pairing", session, method="qr")
+    pairing.expect("qr")
+    bench.control.expire_qr()
+    ending, _ = pairing.ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.QR_EXPIRED)
+
+
+def test_a_link_attempt_ends_at_its_deadline(bench):
+    session = unique("slow")
+    bench.create(session)
+    environ = {"LINK_ATTEMPT_S": "5"}
+    started = time.monotonic()
+    pairing = bench.start("pairing", session, environ=environ, method="qr")
+    pairing.expect("qr")
+    ending, _ = pairing.ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.QR_EXPIRED)
+    assert time.monotonic() - started < 9
+
+
+def test_a_link_attempt_without_a_network_says_so(bench):
+    session = unique("nonet")
+    bench.create(session)
+    bench.control.refuse(count=1)
+    pairing = bench.start("pairing", session, method="qr")
+    ending, _ = pairing.ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.CONNECTION_FAILED)
+
+
+def test_a_login_that_fails_after_pairing_still_counts_as_linked(bench):
+    session = unique("half")
+    folder = bench.create(session)
+    pairing = bench.start("pairing", session, method="qr")
+    code = pairing.expect("qr")["code"]
+    bench.control.connect_failure(500, phone="5511970000009", count=1)
+    bench.control.scan(code, phone="5511970000009")
+    ending, _ = pairing.ended(within_s=25)
+    assert ending.kind is EndingKind.LINKED
+    assert device_store.adopt(folder / "pairing.db", folder / "device.db").phone == "5511970000009"
+    bench.connect(session)
+
+
+def test_a_pairing_process_ends_when_its_supervisor_is_gone(bench):
+    session = unique("orphan")
+    bench.create(session)
+    pairing = bench.start("pairing", session, method="qr")
+    pairing.expect("qr")
+    pairing.hang_up()
+    assert pairing.process.wait(5) is not None
+
+
+# Running
+
+
+def test_a_device_process_logs_in_and_says_who_it_is(bench):
+    session = unique("run")
+    phone = bench.link(session)
+    started = time.monotonic()
+    device = bench.start("device", session)
+    device.expect("started")
+    device.expect("connecting")
+    connected = device.expect("connected")
+    assert connected["phone"] == phone and connected["lid"].endswith("@lid")
+    assert time.monotonic() - started < 10
+    beat = eventually(lambda: _beat(device, lambda beat: beat["idle"] and beat["rss_mib"] > 1))
+    assert beat["proof_of_life_age_s"] < 10 and beat["degraded"] is False
+    with open(f"/proc/{device.pid}/cmdline", "rb") as file:
+        assert file.read().startswith(f"whatsapp-worker device {session}\0".encode())
+
+
+def _beat(device, wanted):
+    beat = device.expect("heartbeat")
+    return beat if wanted(beat) else None
+
+
+def test_queued_messages_arrive_and_the_job_knows(bench):
+    session = unique("send")
+    bench.link(session)
+    jobs = [bench.world.enqueue(session, "+5511911112222", f"hello {n}", f"m{n}") for n in range(5)]
+    bench.connect(session)
+    outcomes = bench.world.await_outcomes(jobs, within_s=20)
+    assert {outcome["status"] for outcome in outcomes} <= {"sent", "delivered", "read"}
+    arrived = bench.world.arrived(to="5511911112222")
+    assert [row["text"] for row in arrived][-5:] == [f"hello {n}" for n in range(5)]
+    assert {row["id"] for row in arrived} >= {outcome["wa_message_id"] for outcome in outcomes}
+
+
+ENDINGS = {
+    "reset": (lambda c, p: c.drop(p, "reset"), EndingKind.LOST),
+    "close": (lambda c, p: c.drop(p, "close"), EndingKind.LOST),
+    "503": (lambda c, p: c.stream_error(p, "503"), EndingKind.LOST),
+    "516": (lambda c, p: c.stream_error(p, "516"), EndingKind.LOST),
+    "replaced": (lambda c, p: c.stream_error(p, conflict="replaced"), EndingKind.REPLACED),
+    "removed": (
+        lambda c, p: c.stream_error(p, conflict="device_removed"),
+        EndingKind.LOGGED_OUT,
+    ),
+    "logout": (lambda c, p: c.logout_device(p), EndingKind.LOGGED_OUT),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_each_way_to_lose_a_connection_ends_the_process_within_a_second(bench, name):
+    do, kind = ENDINGS[name]
+    session = unique("end")
+    phone = bench.link(session)
+    device = bench.connect(session)
+    done = time.monotonic()
+    do(bench.control, phone)
+    ending, code = device.ended()
+    assert time.monotonic() - done < 1.5
+    assert (ending.kind, code) == (kind, Exit.CONNECTION_ENDED), ending
+    bench.ended_lock(session)
+
+
+FAILURES = {
+    401: (EndingKind.LOGGED_OUT, Reason.LOGGED_OUT),
+    402: (EndingKind.BANNED, Reason.TEMPORARY_BAN),
+    403: (EndingKind.LOGGED_OUT, Reason.MAIN_DEVICE_GONE),
+    405: (EndingKind.OUTDATED, Reason.CLIENT_OUTDATED),
+    406: (EndingKind.LOGGED_OUT, Reason.LOGGED_OUT),
+    409: (EndingKind.OUTDATED, Reason.CLIENT_OUTDATED),
+    499: (EndingKind.LOST, Reason.CONNECTION_FAILED),
+    500: (EndingKind.LOST, Reason.CONNECTION_FAILED),
+    503: (EndingKind.LOST, Reason.CONNECTION_FAILED),
+}
+
+
+@pytest.mark.parametrize("reason", FAILURES)
+def test_each_refusal_of_a_login_has_its_ending(bench, reason):
+    session = unique("refused")
+    phone = bench.link(session)
+    bench.control.connect_failure(reason, phone, expire=120, count=5)
+    device = bench.start("device", session)
+    ending, code = device.ended()
+    assert (ending.kind, ending.reason) == FAILURES[reason], ending
+    assert code == Exit.CONNECTION_ENDED
+    if reason == 402:
+        assert 100 < ending.until - time.time() < 125
+
+
+def test_failure_413_crashes_this_process_and_is_seen_as_a_crash(bench):
+    from whatsapp_worker.endings import of_exit
+
+    session = unique("panic")
+    phone = bench.link(session)
+    bench.control.connect_failure(413, phone)
+    device = bench.start("device", session)
+    code = device.process.wait(15)
+    assert of_exit(code, None).kind is EndingKind.CRASHED
+
+
+def test_stream_error_515_is_survived_without_a_new_process(bench):
+    session = unique("restart")
+    phone = bench.link(session)
+    device = bench.connect(session)
+    bench.control.stream_error(phone, "515")
+    device.expect("connected")
+    job = bench.world.enqueue(session, "5511911113333", "after 515", "m1")
+    assert bench.world.await_outcomes([job])[0]["status"] == "sent"
+
+
+def test_a_network_that_cannot_be_reached_ends_the_attempt(bench):
+    session = unique("dial")
+    bench.link(session)
+    bench.control.refuse(count=1)
+    ending, _ = bench.start("device", session).ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.CONNECTION_FAILED)
+
+
+def test_a_server_that_stays_silent_at_login_ends_the_attempt_in_time(bench):
+    session = unique("mute")
+    bench.link(session)
+    bench.control.stall()
+    device = bench.start("device", session, environ={"CONNECT_TIMEOUT_S": "2"})
+    device.expect("connecting")
+    ending, _ = device.ended(within_s=6)
+    bench.control.unstall()
+    assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.CONNECTION_FAILED)
+
+
+def test_two_clients_with_the_same_credentials_end_one_of_them_as_replaced(bench):
+    session, twin = unique("twin"), unique("twin")
+    bench.link(session)
+    bench.create(twin)
+    source = bench.sessions.folder(session) / "device.db"
+    target = bench.sessions.folder(twin) / "device.db"
+    target.write_bytes(source.read_bytes())
+    first = bench.connect(session)
+    bench.connect(twin)
+    ending, _ = first.ended()
+    assert ending.kind is EndingKind.REPLACED
+
+
+# Being stopped
+
+
+def test_sigterm_drains_the_send_in_hand_and_leaves_the_queue(bench):
+    session = unique("drain")
+    phone = bench.link(session)
+    bench.control.send_fault("slow", phone, delay_s=2, count=1)
+    device = bench.connect(session)
+    first = bench.world.enqueue(session, "5511911114444", "slow", "m1")
+    second = bench.world.enqueue(session, "5511911114444", "waits", "m2")
+    eventually(lambda: _messages(bench, "slow"), what="the slow one was handed over")
+    device.process.send_signal(signal.SIGTERM)
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
+    assert bench.world.outcome(first)["status"] == "sent"
+    assert second.get_status(refresh=True) == "queued"
+    limbo = bench.world.limbo(session)
+    assert (limbo["queue"], limbo["intermediate"], limbo["started"]) == (1, 0, 0)
+
+
+def _messages(bench, text):
+    return [row for row in bench.control.messages() if row["text"] == text]
+
+
+def test_an_order_to_stop_is_obeyed_at_once_when_idle(bench):
+    session = unique("stop")
+    bench.link(session)
+    device = bench.connect(session)
+    asked = time.monotonic()
+    device.order("stop", drain_s=8)
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
+    assert time.monotonic() - asked < 2
+
+
+def test_an_order_to_log_out_removes_the_device_from_the_phone(bench):
+    session = unique("bye")
+    phone = bench.link(session)
+    device = bench.connect(session)
+    device.order("logout")
+    ending, _ = device.ended()
+    assert (ending.kind, ending.reason) == (EndingKind.LOGGED_OUT, Reason.LOGGED_OUT)
+    assert not bench.control.devices(phone)
+    assert device_store.identity(bench.sessions.folder(session) / "device.db") is None
+
+
+def test_a_process_without_its_supervisor_ends_by_itself(bench):
+    session = unique("orphan")
+    bench.link(session)
+    device = bench.connect(session)
+    started = time.monotonic()
+    device.hang_up()
+    assert device.process.wait(5) == Exit.ORPHANED
+    assert time.monotonic() - started < 2.5
+
+
+def test_a_second_process_of_the_same_session_refuses(bench):
+    session = unique("two")
+    phone = bench.link(session)
+    bench.connect(session)
+    second = bench.start("device", session)
+    _, code = second.ended()
+    assert code == Exit.LOCKED
+    assert len([row for row in bench.control.devices(phone) if row["online"]]) == 1
+
+
+def test_a_process_in_an_unsafe_environment_refuses_and_dials_nobody(bench):
+    session = unique("unsafe")
+    bench.link(session)
+    before = len(bench.control.connections())
+    device = bench.start("device", session, environ={"NO_PROXY": "*"})
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.REFUSED, Exit.UNSAFE)
+    assert len(bench.control.connections()) == before
+
+
+def test_damaged_credentials_are_refused(bench):
+    session = unique("damaged")
+    (bench.create(session) / "device.db").write_bytes(b"no database" * 500)
+    ending, code = bench.start("device", session).ended()
+    assert (ending.kind, code) == (EndingKind.REFUSED, Exit.STORE_BROKEN)
+
+
+def test_no_credentials_mean_logged_out(bench):
+    session = unique("nobody")
+    bench.create(session)
+    ending, _ = bench.start("device", session).ended()
+    assert ending.kind is EndingKind.LOGGED_OUT
+
+
+# Dying
+
+
+def test_a_message_that_was_handed_over_before_a_kill_becomes_unknown_with_its_id(bench):
+    session = unique("killed")
+    phone = bench.link(session)
+    bench.control.send_fault("no_ack", phone, count=1)
+    device = bench.connect(session)
+    job = bench.world.enqueue(session, "5511911115555", "handed over", "m1")
+    arrived = eventually(lambda: _messages(bench, "handed over"))
+    device.kill()
+    bench.connect(session)
+    outcome = bench.world.await_outcomes([job])[0]
+    assert outcome["status"] == "unknown"
+    assert outcome["wa_message_id"] == arrived[0]["id"]
+    assert len(_messages(bench, "handed over")) == 1
+
+
+def test_a_message_that_was_only_claimed_before_a_kill_is_sent_once(bench):
+    session = unique("claimed")
+    bench.link(session)
+    device = bench.connect(session)
+    os.kill(device.pid, signal.SIGSTOP)
+    job = bench.world.enqueue(session, "5511911116666", "only claimed", "m1")
+    device.kill()
+    _pretend_claimed(bench, session, job)
+    bench.connect(session)
+    outcome = bench.world.await_outcomes([job])[0]
+    assert outcome["status"] == "sent"
+    assert len(_messages(bench, "only claimed")) == 1
+
+
+def _pretend_claimed(bench, session, job):
+    """What a kill right after the claim leaves: a row `sending`, its job in the limbo list."""
+    from storage.ledger import Claim, Ledger
+
+    queue = f"rq:queue:wa:out:{session}"
+    bench.world.redis.lmove(queue, f"{queue}:intermediate", "LEFT", "RIGHT")
+    from whatsapp_worker.message import validate
+
+    order = validate(job.kwargs)
+    ledger = Ledger.open(bench.sessions.folder(session) / "ledger.db", session)
+    claim = Claim(order.message_id, order.content_hash, job.id, "hash", time.time())
+    ledger.claim(claim, secret=lambda attempt: b"never handed over".ljust(32))
+    ledger.close()
+
+
+def test_a_send_without_an_answer_ends_the_process_and_is_unknown(bench):
+    session = unique("hung")
+    phone = bench.link(session)
+    bench.control.send_fault("no_ack", phone, count=1)
+    device = bench.connect(session, SEND_TIMEOUT_S="1")
+    job = bench.world.enqueue(session, "5511911117777", "hung", "m1")
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.LOST, Exit.SEND_HUNG)
+    bench.connect(session)
+    assert bench.world.await_outcomes([job])[0]["status"] == "unknown"
+    assert len(_messages(bench, "hung")) == 1
+
+
+def test_the_secret_of_every_message_stands_in_the_device_database(bench):
+    session = unique("secret")
+    bench.link(session)
+    device = bench.connect(session)
+    job = bench.world.enqueue(session, "5511911118888", "with a secret", "m1")
+    outcome = bench.world.await_outcomes([job])[0]
+    device.order("stop")
+    device.ended()
+    path = bench.sessions.folder(session) / "device.db"
+    with closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT message_id, key FROM whatsmeow_message_secrets").fetchall()
+    assert [row[0] for row in rows] == [outcome["wa_message_id"]]
+    assert device_store.handed_over(path, [rows[0][1]]) == {rows[0][1]: rows[0][0]}
