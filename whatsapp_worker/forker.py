@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ class Forker:
             command: Its program; gets the descriptor of its socket as last argument.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(1.0)
+        # Python's own time-out would make `hear` wait, too: the kernel's is for sends alone.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
         descriptor = theirs.fileno()
         self._process = subprocess.Popen(
             [*command, str(descriptor)],
