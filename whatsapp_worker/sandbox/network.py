@@ -6,12 +6,11 @@ Everything happens on one thread, the event loop; nothing here waits.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from pathlib import Path
 
 from whatsapp_worker.sandbox import protobufs
-from whatsapp_worker.sandbox.binary import Jid, Node, lid_jid, phone_jid
+from whatsapp_worker.sandbox.binary import Jid, Node, lid_jid
 from whatsapp_worker.sandbox.contacts import Contacts
 from whatsapp_worker.sandbox.faults import FOREVER, Faults, Rule
 from whatsapp_worker.sandbox.model import (
@@ -242,30 +241,12 @@ class Network:
         self.post.tell_devices(device.phone)
         self.devices.setdefault(device.phone, {})[device.number] = device
         self.store.save_device(device)
-        self._tell_others(device)
 
     def remove_device(self, device: Device) -> None:
         """A device is no longer linked; its credentials are dead from now on."""
         self.devices.get(device.phone, {}).pop(device.number, None)
         self.store.delete_device(device)
         self.post.tell_devices(device.phone)
-        self._tell_others(device)
-
-    def _tell_others(self, device: Device) -> None:
-        """The number's other devices learn that their list changed.
-
-        The hash is wrong on purpose: a client then forgets its list and asks for it.
-        """
-        for other in self.devices_of(device.phone):
-            if other is not device:
-                attrs: dict[str, str | Jid] = {
-                    "from": phone_jid(device.phone),
-                    "id": secrets.token_hex(8),
-                    "type": "account_sync",
-                    "t": unix_time(),
-                }
-                changed = Node("devices", {"dhash": "2:changed"})
-                self.post.deliver(other, Node("notification", attrs, [changed]))
 
     def stream_error(self, device: Device, code: str, conflict: str | None = None) -> None:
         """End a device's connection with a stream error.
