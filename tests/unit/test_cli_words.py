@@ -9,9 +9,8 @@ import pytest
 
 from whatsapp_worker.cli import arguments, main
 
-COMMANDS = (
-    "run events sandbox demo link status start stop restart logout delete send messages settings"
-).split()
+COMMANDS = ["run", "events", "sandbox", "demo", "link", "status", "start", "stop", "restart"]
+COMMANDS += ["logout", "delete", "send", "messages", "settings"]
 
 
 def test_help_names_every_command_exit_code_and_the_main_variables(capsys):

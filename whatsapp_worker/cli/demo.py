@@ -129,7 +129,11 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._logs = folder / "logs"
-        self._environ = _clean_environment() | {"DATA_DIR": str(folder)}
+        self._environ = _clean_environment() | {
+            "DATA_DIR": str(folder),
+            "LINK_ATTEMPT_S": f"{STEP_S:g}",
+            "CONNECT_TIMEOUT_S": f"{STEP_S:g}",
+        }
         self._sandbox: subprocess.Popen[bytes] | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._host = Host(Settings.read(self._environ))
