@@ -1,14 +1,13 @@
 """Device and pairing processes with real neonize; the test is their supervisor."""
 
 import itertools
-import os
 import signal
 import sqlite3
 import time
 from contextlib import closing
 
 import pytest
-from leashed import Leashed
+from leashed import Stable
 from world import World, eventually
 
 from storage.sessions import Sessions
@@ -27,14 +26,14 @@ class Bench:
         self.control = self.world.control
         self.sessions = Sessions(self.world.data)
         self.sessions.prepare()
+        self.stable = Stable(self.world.environ)
         self.leashed = []
         self._phones = 0
 
-    def start(self, kind, session, *, environ=None, **arguments):
-        log = self.world.folder / f"{session}.log"
-        environ = self.world.environ | (environ or {})
-        self.leashed.append(Leashed(kind, session, environ, log, **arguments))
-        return self.leashed[-1]
+    def start(self, kind, session, *, settings=None, stable=None, **arguments):
+        made = (stable or self.stable).start(kind, session, settings or {}, **arguments)
+        self.leashed.append(made)
+        return made
 
     def create(self, session):
         self.sessions.create(session, network="sandbox", now=time.time())
@@ -52,9 +51,9 @@ class Bench:
         device_store.adopt(folder / "pairing.db", folder / "device.db")
         return phone
 
-    def connect(self, session, **environ):
+    def connect(self, session, **settings):
         """A device process that has logged in."""
-        device = self.start("device", session, environ=environ)
+        device = self.start("device", session, settings=settings)
         device.expect("connected", within_s=20)
         return device
 
@@ -68,6 +67,7 @@ class Bench:
 def shared(tmp_path_factory):
     made = Bench(tmp_path_factory.mktemp("bench"))
     yield made
+    made.stable.close()
     made.world.close()
 
 
@@ -128,9 +128,9 @@ def test_codes_that_expired_end_the_attempt_at_once(bench):
 def test_a_link_attempt_ends_at_its_deadline(bench):
     session = unique("slow")
     bench.create(session)
-    environ = {"LINK_ATTEMPT_S": "5"}
+    settings = {"LINK_ATTEMPT_S": "5"}
     started = time.monotonic()
-    pairing = bench.start("pairing", session, environ=environ, method="qr")
+    pairing = bench.start("pairing", session, settings=settings, method="qr")
     pairing.expect("qr")
     ending, _ = pairing.ended()
     assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.QR_EXPIRED)
@@ -165,7 +165,7 @@ def test_a_pairing_process_ends_when_its_supervisor_is_gone(bench):
     pairing = bench.start("pairing", session, method="qr")
     pairing.expect("qr")
     pairing.hang_up()
-    assert pairing.process.wait(5) is not None
+    pairing.wait(5)
 
 
 # Running
@@ -265,7 +265,7 @@ def test_failure_413_crashes_this_process_and_is_seen_as_a_crash(bench):
     phone = bench.link(session)
     bench.control.connect_failure(413, phone)
     device = bench.start("device", session)
-    code = device.process.wait(15)
+    code = device.wait(15)
     assert of_exit(code, None).kind is EndingKind.CRASHED
 
 
@@ -291,7 +291,7 @@ def test_a_server_that_stays_silent_at_login_ends_the_attempt_in_time(bench):
     session = unique("mute")
     bench.link(session)
     bench.control.stall()
-    device = bench.start("device", session, environ={"CONNECT_TIMEOUT_S": "2"})
+    device = bench.start("device", session, settings={"CONNECT_TIMEOUT_S": "2"})
     device.expect("connecting")
     ending, _ = device.ended(within_s=6)
     bench.control.unstall()
@@ -322,7 +322,7 @@ def test_sigterm_drains_the_send_in_hand_and_leaves_the_queue(bench):
     first = bench.world.enqueue(session, "5511911114444", "slow", "m1")
     second = bench.world.enqueue(session, "5511911114444", "waits", "m2")
     eventually(lambda: _messages(bench, "slow"), what="the slow one was handed over")
-    device.process.send_signal(signal.SIGTERM)
+    device.signal(signal.SIGTERM)
     ending, code = device.ended()
     assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
     assert bench.world.outcome(first)["status"] == "sent"
@@ -363,7 +363,7 @@ def test_a_process_without_its_supervisor_ends_by_itself(bench):
     device = bench.connect(session)
     started = time.monotonic()
     device.hang_up()
-    assert device.process.wait(5) == Exit.ORPHANED
+    assert device.wait(5) == Exit.ORPHANED
     assert time.monotonic() - started < 2.5
 
 
@@ -381,8 +381,9 @@ def test_a_process_in_an_unsafe_environment_refuses_and_dials_nobody(bench):
     session = unique("unsafe")
     bench.link(session)
     before = len(bench.control.connections())
-    device = bench.start("device", session, environ={"NO_PROXY": "*"})
-    ending, code = device.ended()
+    stable = Stable(bench.world.environ | {"NO_PROXY": "*"})
+    ending, code = bench.start("device", session, stable=stable).ended()
+    stable.close()
     assert (ending.kind, code) == (EndingKind.REFUSED, Exit.UNSAFE)
     assert len(bench.control.connections()) == before
 
@@ -423,7 +424,7 @@ def test_a_message_that_was_only_claimed_before_a_kill_is_sent_once(bench):
     session = unique("claimed")
     bench.link(session)
     device = bench.connect(session)
-    os.kill(device.pid, signal.SIGSTOP)
+    device.signal(signal.SIGSTOP)
     job = bench.world.enqueue(session, "5511911116666", "only claimed", "m1")
     device.kill()
     _pretend_claimed(bench, session, job)
