@@ -1,0 +1,67 @@
+"""Nothing lost, nothing doubled, order kept: SIGKILL at random points during 200 messages."""
+
+import collections
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+from world import World, eventually
+
+CONTACT = "5521988880001"
+MESSAGES = 200
+
+
+def _kill_device(world: World) -> None:
+    pid = world.state("sales").get("pid")
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _kill_supervisor(world: World) -> None:
+    pids = world.kill_supervisor()
+    eventually(lambda: not any(map(_lives, pids)), within_s=5, what="no orphan is left")
+    world.start_supervisor()
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _kill_redis(world: World) -> None:
+    world.redis_server.kill()
+    world.redis_server.start()
+
+
+@pytest.mark.parametrize("kill", [_kill_device, _kill_supervisor, _kill_redis])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_kill_during_200_messages_loses_and_doubles_nothing(
+    world: World, kill: Callable[[World], None], seed: int
+):
+    dice = random.Random(seed)
+    world.link("sales")
+    jobs = [world.enqueue("sales", CONTACT, f"text {n}", f"m{n}") for n in range(MESSAGES)]
+    for part in range(1, 4):
+        due = MESSAGES * part // 4 - dice.randrange(MESSAGES // 5)
+        eventually(lambda due=due: len(world.arrived(to=CONTACT)) >= due, within_s=60)
+        kill(world)
+    outcomes = world.await_outcomes(jobs, within_s=90)
+    _judge(world, [str(outcome["status"]) for outcome in outcomes])
+
+
+def _judge(world: World, statuses: list[str]) -> None:
+    rows = world.arrived(to=CONTACT)
+    times = collections.Counter(row["text"] for row in rows)
+    allowed = {"sent": {1}, "failed": {0}, "unknown": {0, 1}}
+    for n, status in enumerate(statuses):
+        assert times[f"text {n}"] in allowed[status], (n, status, times[f"text {n}"])
+    assert {row["times"] for row in rows} == {1}, "the same id was handed over again"
+    order = [int(row["text"].split()[1]) for row in rows]
+    assert order == sorted(order)
+    assert set(world.limbo("sales").values()) == {0}
