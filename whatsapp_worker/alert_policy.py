@@ -275,6 +275,9 @@ class Memory:
             self._open.discard(oldest)
 
     def _wait(self, alert: Alert, due: float, *, is_unsent: bool = False) -> None:
+        before = [w for w in self._waiting if w.alert.key == alert.key]
+        if not is_unsent and any(w.is_unsent for w in before):
+            return  # the same is on its way already, and sooner
         self._waiting = [w for w in self._waiting if w.alert.key != alert.key]
         self._waiting.append(_Waiting(alert, due, is_unsent))
         del self._waiting[:-MAX_WAITING]

@@ -5,6 +5,7 @@ neither a Sentry that hangs nor a full disk ever holds up the supervisor.
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import queue
@@ -70,6 +71,7 @@ class Alerts:
         self._clock = clock
         self._host = host
         self._document = Document(memory, version=VERSION, check=_check(repeat_s))
+        self._saved: dict[str, Any] = {}
         self._repeat_s = repeat_s
         self._client = _client(dsn, host=host, release=release) if dsn else None
         self._sent: OrderedDict[str, Alert] = OrderedDict()
@@ -88,6 +90,8 @@ class Alerts:
 
     def close(self, *, timeout_s: float = FLUSH_S) -> bool:
         """Tell what waits and end; whether the thread was done within `timeout_s` seconds."""
+        if self._thread.ident is None:
+            return True  # never started
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Full):
             self._orders.put(None, timeout=timeout_s)
@@ -96,16 +100,9 @@ class Alerts:
             self._client.close(timeout=max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             return False
-        self._take_up_rest()
+        self._carry_out()  # what Sentry refused meanwhile is kept for the next process
+        self._remember()
         return True
-
-    def _take_up_rest(self) -> None:
-        """What Sentry refused while closing is kept for the next process."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                order = self._orders.get_nowait()
-                if order:
-                    order()
 
     def _order(self, order: Callable[[], None] | None) -> None:
         try:
@@ -115,22 +112,20 @@ class Alerts:
 
     def _run(self) -> None:
         self._memory = self._recall()
-        is_open = True
-        while is_open:
-            is_open = self._step()
-
-    def _step(self) -> bool:
-        """Carry out one order, or tell what waited; False when it is time to end."""
-        with contextlib.suppress(queue.Empty):
-            order = self._orders.get(timeout=self._patience_s())
-            if order is None:
-                return False
-            order()
-        due = self._memory.due(self._clock())
-        for alert in due:
-            self._tell(alert)
-        if due:
+        while self._carry_out(self._patience_s()):
+            for alert in self._memory.due(self._clock()):
+                self._tell(alert)
             self._remember()
+
+    def _carry_out(self, patience_s: float | None = 0.0) -> bool:
+        """Carry out what was ordered, waiting so long for the first; False when it is to end."""
+        with contextlib.suppress(queue.Empty):
+            order = self._orders.get(timeout=patience_s)
+            for _ in range(_WAITING_MAX):
+                if order is None:
+                    return False
+                order()
+                order = self._orders.get_nowait()
         return True
 
     def _patience_s(self) -> float | None:
@@ -143,13 +138,12 @@ class Alerts:
         told = self._memory.judge(alert, alert.at)
         if told:
             self._tell(told)
-        self._remember()
 
     def _tell(self, alert: Alert) -> None:
         log.log(
             _LEVELS[alert.level or "info"],
             "alert.raised",
-            extra={"alert": alert.event, "session": alert.session, **alert.tags},
+            extra={"alert": alert.event, "session": alert.session, **scrub(alert.tags)},
         )
         if self._client is None:
             return
@@ -171,7 +165,6 @@ class Alerts:
         if alert:
             log.warning("alert.delayed", extra={"alert": alert.event, "session": alert.session})
             self._memory.give_back(alert, self._clock())
-            self._remember()
 
     def _recall(self) -> Memory:
         try:
@@ -181,8 +174,12 @@ class Alerts:
             return Memory(repeat_s=self._repeat_s)
 
     def _remember(self) -> None:
+        fields = self._memory.as_fields()
+        if fields == self._saved:
+            return
         try:
-            self._document.write(self._memory.as_fields())
+            self._document.write(fields)
+            self._saved = copy.deepcopy(fields)
         except StorageError as error:
             log.warning("alerts.memory_not_saved", extra={"problem": str(error)})
 
@@ -221,6 +218,8 @@ class _Transport(HttpTransport):
 
 def _client(dsn: str, *, host: str, release: str) -> "sentry_sdk.Client":
     """A client of our own: nothing in this process is captured but what we hand to it."""
+    # It warns of each of its retries; ours say it in one line.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     try:
         return sentry_sdk.Client(
             dsn,
@@ -240,7 +239,6 @@ def _options(host: str, release: str) -> dict[str, Any]:
         # Each of them could capture arguments, queries or URLs.
         "default_integrations": False,
         "auto_enabling_integrations": False,
-        "send_default_pii": False,
         "include_local_variables": False,
         "max_request_body_size": "never",
         "max_breadcrumbs": 0,
