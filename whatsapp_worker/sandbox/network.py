@@ -13,6 +13,7 @@ from whatsapp_worker.sandbox import protobufs
 from whatsapp_worker.sandbox.binary import Jid, Node, lid_jid
 from whatsapp_worker.sandbox.contacts import Contacts
 from whatsapp_worker.sandbox.faults import FOREVER, Faults, Rule
+from whatsapp_worker.sandbox.groups import Groups
 from whatsapp_worker.sandbox.model import (
     Attempt,
     Device,
@@ -58,6 +59,7 @@ class Network:
             self.devices.setdefault(device.phone, {})[device.number] = device
         self.pairing = Pairing(self)
         self.queries = Queries(self)
+        self.groups = Groups(self)
         self.post = Post(self)
         self._links: set[Link] = set()
 
