@@ -254,6 +254,25 @@ def test_a_second_device_of_the_same_number_gets_copies(
     second.expect("message", text="to both of you")
 
 
+def test_a_group_reads_what_a_client_writes(sandbox: Sandbox, client: RawClient) -> None:
+    other = sandbox.link("grouped", "5511900005555")
+    group = sandbox.control.group("Team", ["5511900001111", ANA, "5521977770009", "5511900005555"])
+    for i in range(3):
+        message_id = client.send(group, text(f"to all {i}"))
+        row = sandbox.arrived(message_id)
+        assert (row["to"], row["type"], row["text"]) == (group, "text", f"to all {i}")
+        assert row["undecryptable"] is None
+        heard = other.expect("message", text=f"to all {i}")
+        assert heard["chat"] == group and heard["sender"] == "5511900001111@s.whatsapp.net"
+        for _ in range(2):
+            client.expect("receipt", id=message_id, type=1)
+
+
+def test_a_group_that_is_not_there_is_an_error(client: RawClient) -> None:
+    with pytest.raises(AssertionError, match="failed to get group members"):
+        client.send("120363000000000000@g.us", text("nobody"))
+
+
 def test_what_arrives_while_a_client_is_away_waits_for_it(sandbox: Sandbox) -> None:
     away = sandbox.link("away", "5511900003333")
     away.close()

@@ -65,6 +65,13 @@ class Fields:
             raise BadRequest(f"{name}: missing")
         return phone
 
+    def phones(self, name: str) -> list[str]:
+        """A list of phone numbers that must be there."""
+        values = self._values.pop(name, None)
+        if not isinstance(values, list):
+            raise BadRequest(f"{name}: not a list of phone numbers")
+        return [Fields({name: value}).phone(name) for value in values]
+
     def phone_or_none(self, name: str = "phone") -> str | None:
         """7 to 15 digits, with or without `+`."""
         value = self.text_or_none(name)
@@ -137,6 +144,7 @@ class Api:
             ("POST", "/unknown-number"): self.add_unknown,
             ("DELETE", "/unknown-number"): self.remove_unknown,
             ("POST", "/contacts"): self.contacts,
+            ("POST", "/groups"): self.groups,
             ("POST", "/inbound"): self.inbound,
             ("GET", "/messages"): self.messages,
             ("POST", "/receipts"): self.send_receipt,
@@ -267,6 +275,14 @@ class Api:
         _bounded(self._network.post.manners, MAX_CONFIGURED)
         self._network.post.manners[phone] = Manners(steps, delay_s)
         return {}
+
+    def groups(self, fields: Fields) -> Any:
+        subject, members = fields.text("subject"), fields.phones("members")
+        fields.end()
+        try:
+            return {"jid": str(self._network.groups.create(subject, members).jid)}
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
 
     def inbound(self, fields: Fields) -> Any:
         sender, to, text = fields.phone("from"), fields.phone("to"), fields.text("text")

@@ -279,6 +279,13 @@ class Control:
             "POST", "/contacts", phone=phone, receipts=receipts, receipt_delay_s=receipt_delay_s
         )
 
+    def group(self, subject: str, members: list[str]) -> str:
+        """Make a group of contacts and devices, by phone number; returns its JID.
+
+        `to` of a message in it is that JID; `text` is what its members decrypted.
+        """
+        return str(self._call("POST", "/groups", subject=subject, members=members)["jid"])
+
     def inbound(self, *, sender: str, to: str, text: str) -> str:
         """A contact writes to all devices of a number; returns the WhatsApp message id."""
         return str(self._call("POST", "/inbound", **{"from": sender, "to": to, "text": text})["id"])

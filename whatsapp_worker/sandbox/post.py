@@ -23,6 +23,7 @@ from whatsapp_worker.sandbox.model import (
 from whatsapp_worker.sandbox.signal import SignalError
 
 if TYPE_CHECKING:
+    from whatsapp_worker.sandbox.groups import Group
     from whatsapp_worker.sandbox.network import Network
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ class Post:
         if not rows:
             raise UnknownTarget(f"no message {message_id} arrived")
         for row in rows:
-            self._send_receipt(row, step)
+            for reader in self._readers(row):
+                self._send_receipt(row, step, reader)
         return len(rows)
 
     def tell_devices(self, phone: str) -> None:
@@ -198,6 +200,10 @@ class Post:
         return row, True
 
     def _distribute(self, device: Device, node: Node, row: Row) -> None:
+        group = self._network.groups.find(row.to_lid)
+        if group is not None:
+            self._distribute_in_group(device, node, row, group)
+            return
         participants = node.child("participants")
         targets = [
             (jid, enc)
@@ -213,13 +219,47 @@ class Post:
             elif self._network.phone(jid) == row.to:
                 self._open(device, row, enc)
 
-    def _open(self, device: Device, row: Row, enc: Node) -> None:
+    def _distribute_in_group(self, device: Device, node: Node, row: Row, group: Group) -> None:
+        """Everybody gets the part for all, and before it the part for himself with the key."""
+        participants = node.child("participants")
+        own = {
+            jid: list(to.all("enc"))
+            for to in (participants.all("to") if participants else ())
+            if (jid := to.jid("jid")) is not None
+        }
+        for_all = list(node.all("enc"))
+        for phone in group.members:
+            for enc in own.get(self._network.lid(phone), []) + for_all:
+                if phone != device.phone:
+                    self._open(device, row, enc, reader=phone)
+            for target in self._network.devices_of(phone):
+                if target is not device:
+                    mine = own.get(self._network.lid(phone, target.number), [])
+                    self.deliver(target, self._in_group(device, node, group, mine + for_all))
+
+    def _in_group(self, sender: Device, node: Node, group: Group, encs: list[Node]) -> Node:
+        attrs: Attrs = {
+            "from": group.jid,
+            "participant": self._network.lid(sender.phone, sender.number),
+            "participant_pn": phone_jid(sender.phone),
+            "id": node.text("id"),
+            "type": node.text("type") or "text",
+            "t": unix_time(),
+            "addressing_mode": "lid",
+        }
+        if "edit" in node.attrs:
+            attrs["edit"] = node.attrs["edit"]
+        passed_on = [child for child in node.children if child.tag in _CONTENTS]
+        return Node("message", attrs, [*encs, *passed_on])
+
+    def _open(self, device: Device, row: Row, enc: Node, reader: str | None = None) -> None:
         try:
             row.received = self._network.contacts.receive(
                 sender=device.address,
-                phone=row.to,
+                phone=reader or row.to,
                 enc_type=enc.text("type"),
                 ciphertext=enc.data,
+                group=row.to if reader else None,
             )
         except SignalError as error:
             row.undecryptable = str(error) or type(error).__name__
@@ -297,23 +337,32 @@ class Post:
         )
 
     def _answer(self, row: Row) -> None:
-        """The contact's receipts; a phone that links devices leaves them to those."""
+        """The contacts' receipts; a phone that links devices leaves them to those."""
         if row.received is None:
             return
-        manners = self.manners.get(row.to)
-        if manners is None:
-            if self._network.devices.get(row.to):
-                return
-            manners = Manners()
-        for count, step in enumerate(manners.steps, 1):
-            if manners.delay_s > 0:
-                send = partial(self._send_receipt, row, step)
-                self._network.later(manners.delay_s * count, send)
-            else:
-                self._send_receipt(row, step)
+        for reader in self._readers(row):
+            manners = self.manners.get(reader)
+            if manners is None and self._network.devices.get(reader):
+                continue
+            manners = manners or Manners()
+            for count, step in enumerate(manners.steps, 1):
+                if manners.delay_s > 0:
+                    send = partial(self._send_receipt, row, step, reader)
+                    self._network.later(manners.delay_s * count, send)
+                else:
+                    self._send_receipt(row, step, reader)
 
-    def _send_receipt(self, row: Row, step: str) -> None:
+    def _readers(self, row: Row) -> list[str]:
+        """The numbers whose phones read a message."""
+        group = self._network.groups.find(row.to_lid)
+        if group is None:
+            return [row.to]
+        return [phone for phone in group.members if phone != row.sender.phone]
+
+    def _send_receipt(self, row: Row, step: str, reader: str) -> None:
         attrs: Attrs = {"from": row.to_lid, "id": row.id, "t": unix_time()}
+        if reader != row.to:
+            attrs["participant"] = self._network.lid(reader)
         if step != "delivered":
             attrs["type"] = step
         row.receipts.append(step)

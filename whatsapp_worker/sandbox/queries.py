@@ -27,10 +27,11 @@ class Queries:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._answers: dict[str, Callable[[Device, Node], Answer]] = {
+        self._answers: dict[str, Callable[[Device, Node], Answer | None]] = {
             "encrypt": self._encrypt,
             "usync": self._usync,
             "w:m": self._media,
+            "w:g2": lambda device, node: self._network.groups.answer(device, node),
             "blocklist": lambda device, node: [Node("list")],
             "privacy": lambda device, node: [Node("privacy")],
             "status": lambda device, node: [],
@@ -46,7 +47,8 @@ class Queries:
         answer = self._answers.get(node.text("xmlns"))
         if answer is None:
             log.debug("sandbox.query_unknown", extra={"xmlns": node.text("xmlns"), "asked": node})
-        return result(node, answer(device, node) if answer else [])
+        children = answer(device, node) if answer else []
+        return _not_found(node) if children is None else result(node, children)
 
     def _encrypt(self, device: Device, node: Node) -> Answer:
         if node.text("type") == "set":
@@ -136,6 +138,11 @@ def result(asked: Node, children: Answer) -> Node:
     """The answer to a query."""
     attrs: Attrs = {"type": "result", "id": asked.text("id"), "from": asked.jid("to") or SERVER}
     return Node("iq", attrs, children)
+
+
+def _not_found(asked: Node) -> Node:
+    attrs: Attrs = {"type": "error", "id": asked.text("id"), "from": asked.jid("to") or SERVER}
+    return Node("iq", attrs, [Node("error", {"code": "404", "text": "item-not-found"})])
 
 
 def _prekey(node: Node) -> PreKey:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from whatsapp_worker.sandbox.binary import Codec, Node
+from whatsapp_worker.sandbox.groups import Group
 from whatsapp_worker.sandbox.model import Device, PreKey
 from whatsapp_worker.sandbox.tokens import Tokens
 
@@ -27,6 +28,8 @@ CREATE TABLE IF NOT EXISTS prekeys (
     PRIMARY KEY (phone, number, id));
 CREATE TABLE IF NOT EXISTS waiting (
     seq INTEGER PRIMARY KEY, phone TEXT NOT NULL, number INTEGER NOT NULL, stanza BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS groups (
+    id TEXT PRIMARY KEY, subject TEXT NOT NULL, members TEXT NOT NULL, created_at INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS waiting_for ON waiting (phone, number);
 """
 _VERSION = 1
@@ -120,6 +123,18 @@ class Store:
             "DELETE FROM prekeys WHERE phone = ? AND number = ? AND id = ?", (*device.key, row[0])
         )
         return PreKey(*row)
+
+    def groups(self) -> Iterator[Group]:
+        """Every group."""
+        for id, subject, members, created_at in self._db.execute("SELECT * FROM groups"):
+            yield Group(id, subject, tuple(members.split()), created_at)
+
+    def save_group(self, group: Group) -> None:
+        """Insert a group."""
+        self._db.execute(
+            "INSERT INTO groups VALUES (?, ?, ?, ?)",
+            (group.id, group.subject, " ".join(group.members), group.created_at),
+        )
 
     def add_waiting(self, device: Device, stanzas: Iterable[Node]) -> None:
         """Keep stanzas for a device that is offline."""
