@@ -65,10 +65,11 @@ class Database:
         self.timeout_s = timeout_s
         self.is_sqlite = isinstance(location, Path) or "://" not in location
         url = f"sqlite:///{location}" if self.is_sqlite else _psycopg_url(str(location))
-        # No pool: one connection a Database, and it is ours to end.
-        self.engine = sa.create_engine(
-            url, poolclass=NullPool, connect_args=self._connect_arguments()
+        arguments = (
+            _sqlite_arguments(timeout_s) if self.is_sqlite else _pg_arguments(url, timeout_s)
         )
+        # No pool: one connection a Database, and it is ours to end.
+        self.engine = sa.create_engine(url, poolclass=NullPool, connect_args=arguments)
         sa.event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _no_set_up)
         self._turn = threading.RLock()
         self._connection: Any = None
@@ -127,10 +128,11 @@ class Database:
     @contextlib.contextmanager
     def core(self) -> Iterator[sa.Connection]:
         """A SQLAlchemy connection of its own, without a transaction, for work on the schema."""
-        if self.is_sqlite:
-            _make_private(Path(self.location))
-        with self._errors_named(), self.engine.connect() as connection:
-            yield connection
+        with self._errors_named():
+            if self.is_sqlite:
+                _make_private(Path(self.location))
+            with self.engine.connect() as connection:
+                yield connection
 
     def shrink(self) -> None:
         """Give space that removed rows left back to the filesystem, a little at a time."""
@@ -140,19 +142,6 @@ class Database:
 
     def __str__(self) -> str:
         return str(self.location) if self.is_sqlite else self.engine.url.render_as_string()
-
-    def _connect_arguments(self) -> dict[str, Any]:
-        if self.is_sqlite:
-            return {"timeout": self.timeout_s, "check_same_thread": False, "isolation_level": None}
-        limit_ms = int(self.timeout_s * 800)  # the server gives up before the watchdog does
-        return {
-            "autocommit": True,  # BEGIN and COMMIT are ours
-            "connect_timeout": max(2, int(self.timeout_s)),
-            "options": f"-c statement_timeout={limit_ms} -c lock_timeout={limit_ms}"
-            f" -c idle_in_transaction_session_timeout={limit_ms * 10}",
-            "keepalives_idle": 30,
-            "tcp_user_timeout": int(self.timeout_s * 1000),
-        }
 
     def _connect(self) -> Any:
         if self._connection is None:
@@ -265,6 +254,22 @@ def _shut(fd: int) -> None:
         twin.shutdown(socket.SHUT_RDWR)
 
 
+def _sqlite_arguments(timeout_s: float) -> dict[str, Any]:
+    return {"timeout": timeout_s, "check_same_thread": False, "isolation_level": None}
+
+
+def _pg_arguments(url: str, timeout_s: float) -> dict[str, Any]:
+    limit_ms = int(timeout_s * 800)  # the server gives up before the watchdog does
+    limits = f"-c statement_timeout={limit_ms} -c lock_timeout={limit_ms}"
+    given = sa.make_url(url).query.get("options", "")
+    return {
+        "autocommit": True,  # BEGIN and COMMIT are ours
+        "connect_timeout": max(2, int(timeout_s)),
+        "options": f"{given if isinstance(given, str) else ' '.join(given)} {limits}",
+        "tcp_user_timeout": int(timeout_s * 1000),
+    }
+
+
 def _set_up_sqlite(connection: Any, _: object) -> None:
     for pragma in ("auto_vacuum=INCREMENTAL", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
@@ -275,8 +280,13 @@ def _no_set_up(connection: Any, _: object) -> None:
 
 
 def _make_private(path: Path) -> None:
-    """SQLite gives its -wal and -shm the permissions of the file, so those are set first."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    """SQLite gives its -wal and -shm the permissions of the file, so those are set first.
+
+    Only a file that was not there is opened: closing any descriptor of a database that this
+    process has open drops SQLite's locks on it (POSIX locks belong to the process).
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _psycopg_url(url: str) -> str:
