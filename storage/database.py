@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Parameters = Mapping[str, Any]
 Rows = list[tuple[Any, ...]]
 
+_KEPT_PAGES = 256  # empty pages that a SQLite file keeps for rows to come
 _SQLITE_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -64,13 +65,16 @@ class Database:
         self.location = location
         self.timeout_s = timeout_s
         self.is_sqlite = isinstance(location, Path) or "://" not in location
-        url = f"sqlite:///{location}" if self.is_sqlite else _psycopg_url(str(location))
-        arguments = (
-            _sqlite_arguments(timeout_s) if self.is_sqlite else _pg_arguments(url, timeout_s)
-        )
         # No pool: one connection a Database, and it is ours to end.
+        if self.is_sqlite:
+            url = sa.URL.create("sqlite", database=str(location))
+            arguments = _sqlite_arguments(timeout_s)
+        else:
+            url = sa.make_url(_psycopg_url(str(location)))
+            arguments = _postgresql_arguments(url, timeout_s)
         self.engine = sa.create_engine(url, poolclass=NullPool, connect_args=arguments)
-        sa.event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _no_set_up)
+        if self.is_sqlite:
+            sa.event.listen(self.engine, "connect", _set_up_sqlite)
         self._turn = threading.RLock()
         self._connection: Any = None
         self._pooled: Any = None
@@ -94,31 +98,26 @@ class Database:
                 way it may have been done all the same.
             LedgerBroken: SQLite says that the file is damaged.
         """
-        if not self._turn.acquire(timeout=self.timeout_s):
-            raise LedgerUnavailable(f"{self}: another call of this process takes too long")
-        try:
-            with self._errors_named(), self._watched():
-                connection = self._connect()
-                try:
-                    cursor = connection.cursor()
-                    cursor.execute("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
-                    yield Transaction(cursor, self.engine.dialect)
-                    cursor.execute("COMMIT")
-                except BaseException:
-                    self._roll_back()
-                    raise
-        finally:
-            self._turn.release()
+        with self._call() as transaction:
+            transaction.say("BEGIN IMMEDIATE" if self.is_sqlite else "BEGIN")
+            yield transaction
+            transaction.say("COMMIT")
 
     def run(self, statement: Statement, parameters: Parameters) -> Rows:
         """One statement that only reads, in no transaction of its own."""
+        with self._call() as transaction:
+            return transaction.fetch(statement, parameters)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator["Transaction"]:
+        """One thread's turn on a connection that works, bounded in time."""
         if not self._turn.acquire(timeout=self.timeout_s):
             raise LedgerUnavailable(f"{self}: another call of this process takes too long")
         try:
             with self._errors_named(), self._watched():
                 cursor = self._connect().cursor()
                 try:
-                    return Transaction(cursor, self.engine.dialect).fetch(statement, parameters)
+                    yield Transaction(cursor, self.engine.dialect)
                 except BaseException:
                     self._roll_back()
                     raise
@@ -135,10 +134,16 @@ class Database:
                 yield connection
 
     def shrink(self) -> None:
-        """Give space that removed rows left back to the filesystem, a little at a time."""
-        if self.is_sqlite:
-            with self._turn, self._errors_named():
-                self._connect().execute("PRAGMA incremental_vacuum(2000)").fetchall()
+        """Give space that removed rows left back to the filesystem, in small commits."""
+        if not self.is_sqlite:
+            return
+        deadline = time.monotonic() + self.timeout_s
+        with self._turn, self._errors_named():
+            connection = self._connect()
+            while connection.execute("PRAGMA freelist_count").fetchone()[0] > _KEPT_PAGES:
+                connection.execute(f"PRAGMA incremental_vacuum({_KEPT_PAGES})").fetchall()
+                if time.monotonic() > deadline:
+                    break  # the next purge goes on
 
     def __str__(self) -> str:
         return str(self.location) if self.is_sqlite else self.engine.url.render_as_string()
@@ -199,6 +204,10 @@ class Transaction:
         self._cursor = cursor
         self._dialect = dialect
 
+    def say(self, words: str) -> None:
+        """Run a command without parameters."""
+        self._cursor.execute(words)
+
     def execute(self, statement: Statement, parameters: Parameters) -> int:
         """Run it; the number of rows that it changed."""
         self._cursor.execute(*statement.on(self._dialect, parameters))
@@ -258,10 +267,10 @@ def _sqlite_arguments(timeout_s: float) -> dict[str, Any]:
     return {"timeout": timeout_s, "check_same_thread": False, "isolation_level": None}
 
 
-def _pg_arguments(url: str, timeout_s: float) -> dict[str, Any]:
+def _postgresql_arguments(url: sa.URL, timeout_s: float) -> dict[str, Any]:
     limit_ms = int(timeout_s * 800)  # the server gives up before the watchdog does
     limits = f"-c statement_timeout={limit_ms} -c lock_timeout={limit_ms}"
-    given = sa.make_url(url).query.get("options", "")
+    given = url.query.get("options", "")
     return {
         "autocommit": True,  # BEGIN and COMMIT are ours
         "connect_timeout": max(2, int(timeout_s)),
@@ -273,10 +282,6 @@ def _pg_arguments(url: str, timeout_s: float) -> dict[str, Any]:
 def _set_up_sqlite(connection: Any, _: object) -> None:
     for pragma in ("auto_vacuum=INCREMENTAL", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _no_set_up(connection: Any, _: object) -> None:
-    """PostgreSQL is set up by its connection options."""
 
 
 def _make_private(path: Path) -> None:

@@ -24,7 +24,7 @@ def problems(path: Path, *, timeout_s: float | None = None) -> list[str]:
         with contextlib.closing(sqlite3.connect(path, timeout=1.0)) as connection:
             if deadline is not None:
                 connection.set_progress_handler(lambda: time.monotonic() > deadline, 20_000)
-            found = [str(row[0]) for row in connection.execute("PRAGMA quick_check(10)")]
+            found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(10)")]
     except sqlite3.OperationalError as error:
         # Out of time, locked, no permission: no verdict about the file.
         return [str(error)] if _is_damage(error) else []
