@@ -13,7 +13,9 @@ One message, step by step; a process killed between any two of them loses nothin
     finish    Redis    status, result, limbo list, event; while the next is under way
 """
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -136,6 +138,8 @@ class Consumer:
         self._on_sent = on_sent
         self._sender = _Sender(send)
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
+        self._wake, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
         self._known: _Known | None = None  # acknowledged, not yet in the ledger
         self._finished: list[Finished] = []  # in the ledger, not yet finished in Redis
         self._in_flight = False
@@ -151,6 +155,8 @@ class Consumer:
         second call can only shorten the wait."""
         asked = time.monotonic() + drain_s
         self._stop_at = asked if self._stop_at is None else min(self._stop_at, asked)
+        with contextlib.suppress(OSError):
+            os.write(self._waker, b"!")
 
     @property
     def is_idle(self) -> bool:
@@ -284,10 +290,10 @@ class Consumer:
         job = self._outbox.next()
         if job is None:
             self._settle()
-            self._flush()
-            job = self._outbox.next()
-        if job is None:
-            self._outbox.wait(until=self._is_stopping, timeout_s=_IDLE_WAIT_S)
+            if self._finished:
+                self._flush()
+            else:
+                self._outbox.wait(_IDLE_WAIT_S, wake=self._wake)
             return
         outcome = self._judge(job)
         if outcome is not None:
@@ -553,9 +559,13 @@ class _Sender(threading.Thread):
         self._send = send
         self._calls: queue.SimpleQueue[tuple[str, Mapping[str, Any], bytes]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[SendAck | Exception] = queue.SimpleQueue()
+        self._taken = threading.Semaphore(0)
 
     def begin(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> None:
+        """Start a call. Waits until the thread has it: else the caller, who has work of its own,
+        would keep the interpreter from it for up to a switch interval (5 ms)."""
         self._calls.put((recipient, content, secret))
+        self._taken.acquire()
 
     def answer(self, timeout_s: float) -> SendAck | Exception | None:
         """What the call returned or raised; None while it has not."""
@@ -567,6 +577,7 @@ class _Sender(threading.Thread):
     def run(self) -> None:
         while True:
             call = self._calls.get()
+            self._taken.release()
             try:
                 self._answers.put(self._send(*call))
             except Exception as error:

@@ -19,17 +19,24 @@ import select
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import RedisError
 from rq.defaults import RQ_KEY_PREFIX
+from rq.job import JOB_ID_PATTERN
 from rq.results import Result
 
 from whatsapp_worker.event_names import Event, Status
-from whatsapp_worker.keys import HIGH_SUFFIX, OUTBOUND_PREFIX, SessionId, outbound_queue
+from whatsapp_worker.keys import (
+    EVENTS_STREAM,
+    HIGH_SUFFIX,
+    OUTBOUND_PREFIX,
+    SessionId,
+    outbound_queue,
+)
 from whatsapp_worker.rq_job import (
     MAX_HASH,
     Job,
@@ -45,17 +52,65 @@ from whatsapp_worker.stream import EventStream, event_id
 log = logging.getLogger(__name__)
 
 _BLOCK_S = 0.5  # of one BLMOVE: bounds how long leaving takes
-_LOOK_S = 0.1  # between two looks at `until`
 _BATCH = 1000
 
-# A hash too large to be ours is not fetched at all, and no type of key is an error.
-_LOAD = f"""
-local fields = redis.pcall('HGETALL', KEYS[1])
-if fields.err then return 'not a hash' end
-local size = 0
-for _, value in ipairs(fields) do size = size + #value end
-if size > {MAX_HASH} then return 'too large' end
-return fields
+# Scripts: one command and one answer, where MULTI takes a dozen and costs a millisecond of Python.
+# The fields of a job that are set, and how long the limbo list is; a hash too large to be ours is
+# not fetched at all, and no type of key is an error.
+_READ = f"""
+local function read(id, limbo)
+  local found = {{id, redis.call('LLEN', limbo)}}
+  local fields = redis.pcall('HGETALL', ARGV[1] .. id)
+  if fields.err then found[3] = 'not a hash' return found end
+  local size = 0
+  for i = 2, #fields, 2 do
+    size = size + #fields[i]
+    if #fields[i] > 0 then
+      found[#found + 1] = fields[i - 1]
+      found[#found + 1] = fields[i]
+    end
+  end
+  if size > {MAX_HASH} then return {{id, found[2], 'too large'}} end
+  return found
+end
+"""
+# KEYS: limbo list. ARGV: prefix of job keys, id.
+_LOAD = _READ + "return read(ARGV[2], KEYS[1])"
+# KEYS: queue and limbo list of each lane. ARGV: prefix of job keys.
+_POP = (
+    _READ
+    + """
+local found = {}
+for i = 1, #KEYS, 2 do
+  local id = redis.call('LMOVE', KEYS[i], KEYS[i + 1], 'LEFT', 'RIGHT')
+  found[#found + 1] = id and read(id, KEYS[i + 1]) or false
+end
+return found
+"""
+)
+# KEYS: job, results, registry, limbo list, events.
+# ARGV: 1 raw id, 2 ttl, 3 score, 4 whether to write the hash anew, 5 ceiling of the stream,
+# 6 number of arguments of the result, those, 7 number of arguments of the event, those, hash.
+# What RQ keeps for show may have been tampered with: it must not keep a job from being finished.
+_FINISH = """
+local at = 6
+local function take()
+  local count = tonumber(ARGV[at])
+  local taken = {unpack(ARGV, at + 1, at + count)}
+  at = at + count + 1
+  return taken
+end
+local result, event, hash = take(), take(), take()
+if #hash > 0 then
+  if ARGV[4] == '1' then redis.call('DEL', KEYS[1]) end
+  redis.call('HSET', KEYS[1], unpack(hash))
+  redis.call('EXPIRE', KEYS[1], ARGV[2])
+  redis.pcall('XADD', KEYS[2], 'MAXLEN', 10, '*', unpack(result))
+  redis.pcall('EXPIRE', KEYS[2], ARGV[2])
+  redis.pcall('ZADD', KEYS[3], ARGV[3], ARGV[1])
+end
+redis.call('LREM', KEYS[4], 1, ARGV[1])
+if #event > 0 then redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[5], '*', unpack(event)) end
 """
 
 
@@ -129,6 +184,8 @@ class Outbox:
         self._ttl_s = int(result_ttl_s) or 1
         names = queues or (outbound_queue(id, high=True), outbound_queue(id))
         self._lanes = [_Lane(name) for name in names]
+        self._noting: Any = None  # the connection of `note`
+        self._notes = 0  # that Redis has not answered
 
     # Taking
 
@@ -148,36 +205,38 @@ class Outbox:
         """One round trip: finish jobs, mark one as started, pop what comes next.
 
         Args:
-            finished: Each is finished in the same transaction, or none is.
+            finished: Each in one transaction; finishing the same again is harmless.
             started: Its RQ status becomes `started`.
             pop: Take the next job of each lane that has none popped.
         """
-        pipeline = self._redis.pipeline(transaction=True)
+        pipeline = self._redis.pipeline(transaction=False)
         for item in finished:
-            self._queue_finish(pipeline, self._lane_of(item.job), item)
+            self._queue_finish(pipeline, item)
         if started is not None and started.exists:
             fields = {"status": "started", "started_at": rq_time(time.time())}
             pipeline.hset(_job_key(started.id), mapping=fields)
         lanes = [lane for lane in self._lanes if pop and self._may_pop(lane)]
-        for lane in lanes:
-            pipeline.lmove(lane.queue, lane.limbo, "LEFT", "RIGHT")
-        if pipeline.command_stack:
-            replies = pipeline.execute()
+        if lanes:
+            keys = [key for lane in lanes for key in (lane.queue, lane.limbo)]
+            pipeline.eval(_POP, len(keys), *keys, _job_key(""))
+        replies = pipeline.execute() if pipeline.command_stack else []
+        self._collect_notes()
         for item in finished:
             self._lane_of(item.job).in_hand.discard(item.job)
         if lanes:
-            self._hold(zip(lanes, replies[-len(lanes) :], strict=True))
+            self._hold(zip(lanes, replies[-1], strict=True))
 
-    def wait(self, *, until: Callable[[], bool], timeout_s: float) -> None:
-        """Wait for a job on any lane; returns when one was popped, at the time-out, or soon
-        after `until` says so. A job pushed meanwhile is popped by Redis at once."""
-        deadline = time.monotonic() + timeout_s
+    def wait(self, timeout_s: float, *, wake: int) -> None:
+        """Wait for a job on any lane; Redis pops what is pushed meanwhile at once.
+
+        Args:
+            timeout_s: At most so long.
+            wake: A file descriptor; returns when it becomes readable.
+        """
         for lane in self._lanes:
             if lane.held is None and lane.waiting is None:
                 self._ask(lane)
-        while not until() and (left := deadline - time.monotonic()) > 0:
-            if self._collect(min(left, _LOOK_S)):
-                return
+        self._collect(timeout_s, wake)
 
     def _may_pop(self, lane: _Lane) -> bool:
         # A BLMOVE still under way may have popped already: its answer comes first.
@@ -190,16 +249,15 @@ class Outbox:
         lane.waiting = connection
         connection.send_command("BLMOVE", lane.queue, lane.limbo, "LEFT", "RIGHT", _BLOCK_S)
 
-    def _collect(self, timeout_s: float) -> bool:
-        """Take the answers of BLMOVEs that arrive within the time; whether any arrived."""
+    def _collect(self, timeout_s: float, *wake: int) -> None:
+        """Take the answers of BLMOVEs that arrive within the time."""
         waiting = {lane.waiting._sock.fileno(): lane for lane in self._lanes if lane.waiting}
         poll = select.poll()
-        for fd in waiting:
+        for fd in (*waiting, *wake):
             poll.register(fd, select.POLLIN)
-        ready = [waiting[fd] for fd, _ in poll.poll(timeout_s * 1000)]
-        answers = [(lane, self._answer(lane)) for lane in ready]
-        self._hold(answers)
-        return bool(ready)
+        ready = [waiting[fd] for fd, _ in poll.poll(timeout_s * 1000) if fd in waiting]
+        popped = [(lane, self._answer(lane)) for lane in ready]
+        self._hold([(lane, self._load(lane, raw_id)) for lane, raw_id in popped if raw_id])
 
     def _answer(self, lane: _Lane) -> bytes | None:
         connection, lane.waiting = lane.waiting, None
@@ -212,54 +270,88 @@ class Outbox:
             self._redis.connection_pool.release(connection)
         return answer
 
-    def _hold(self, popped: Iterable[tuple[_Lane, bytes | None]]) -> None:
-        """Read the jobs just popped, and check that the limbo lists hold nothing else."""
-        found = [(lane, raw_id) for lane, raw_id in popped if raw_id is not None]
-        if not found:
-            return
-        pipeline = self._redis.pipeline(transaction=False)
-        for _, raw_id in found:
-            pipeline.eval(_LOAD, 1, _job_key_of(raw_id))
-        for lane, _ in found:
-            pipeline.llen(lane.limbo)
-        replies = pipeline.execute()
-        for (lane, raw_id), fields in zip(found, replies, strict=False):
-            lane.held = _read(raw_id, fields, self.session, lane.name)
-        for (lane, _), length in zip(found, replies[len(found) :], strict=True):
-            if length != lane.expected:
-                raise LimboMismatch(f"{lane.limbo} has {length} entries, not {lane.expected}")
+    def _load(self, lane: _Lane, raw_id: bytes) -> list[Any]:
+        found: list[Any] = self._redis.eval(_LOAD, 1, lane.limbo, _job_key(""), raw_id)
+        return found
+
+    def _hold(self, popped: Iterable[tuple[_Lane, list[Any] | None]]) -> None:
+        """Keep the jobs just popped until their turn comes."""
+        mismatch = None
+        for lane, found in popped:
+            if found is not None:
+                lane.held = self._job(lane, found)
+                if found[1] != lane.expected:
+                    mismatch = f"{lane.limbo} has {found[1]} entries, not {lane.expected}"
+        if mismatch:
+            raise LimboMismatch(mismatch)
+
+    def _job(self, lane: _Lane, found: Sequence[Any]) -> Job:
+        """Decode the answer of a script: id, length of the limbo list, fields and values."""
+        raw_id, _, *flat = found
+        if len(flat) == 1:  # not a hash, too large
+            return Job(
+                raw_id.decode("ascii", "backslashreplace"),
+                raw_id,
+                lane.name,
+                problem=JobRefused(f"its record is {flat[0].decode()}"),
+                exists=_is_job_id(raw_id),
+            )
+        names = (name.decode("ascii", "replace") for name in flat[::2])
+        fields = dict(zip(names, flat[1::2], strict=True))
+        return decode(raw_id, fields, session=self.session, queue=lane.name)
 
     # Settling
 
     def note(self, job: Job, outcome: Outcome) -> None:
-        """Write the outcome into the job's meta, before the ledger has it."""
-        meta = {**job.meta, "outcome": outcome.as_dict()}
-        self._redis.hset(_job_key(job.id), "meta", json.dumps(meta))
+        """Write the outcome into the job's meta, before the ledger has it.
 
-    def _queue_finish(self, pipeline: Any, lane: _Lane, item: Finished) -> None:
+        Redis has it when this returns, but has not answered: the next `exchange` looks.
+        """
+        meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
+        if self._noting is None:
+            self._noting = self._redis.connection_pool.get_connection()
+        self._noting.send_command("HSET", _job_key(job.id), "meta", meta)
+        self._notes += 1
+
+    def _collect_notes(self) -> None:
+        while self._notes:
+            self._notes -= 1
+            self._noting.read_response()
+
+    def _queue_finish(self, pipeline: Any, item: Finished) -> None:
         job, outcome, _ = item
-        pipeline.lrem(lane.limbo, 1, job.raw_id)
-        if job.is_settled:
-            return
-        if job.exists:
-            self._queue_result(pipeline, lane, job, outcome)
-        event, payload, id = _event(self.session, item)
-        self._stream.queue(pipeline, event, self.session, payload, id=id)
-
-    def _queue_result(self, pipeline: Any, lane: _Lane, job: Job, outcome: Outcome) -> None:
-        key = _job_key(job.id)
-        if job.problem is None:
-            pipeline.hset(key, mapping=settled_fields(job, self.session, outcome))
-        else:
-            pipeline.delete(key)
-            pipeline.hset(key, mapping=fresh_fields(job, self.session, outcome))
-        pipeline.expire(key, self._ttl_s)
-        results = f"{RQ_KEY_PREFIX}:results:{job.id}"
-        pipeline.xadd(results, _result(outcome), maxlen=10)
-        pipeline.expire(results, self._ttl_s)
+        result: Mapping[str, Any] = {}
+        event: Mapping[str, Any] = {}
+        fields: Mapping[str, Any] = {}
+        if not job.is_settled:
+            name, payload, id = _event(self.session, item)
+            event = self._stream.entry(name, self.session, payload, id=id)
+            if job.exists:
+                result = _result(outcome)
+                write = settled_fields if job.problem is None else fresh_fields
+                fields = write(job, self.session, outcome)
+        lane = self._lane_of(job)
         registry = "finished" if outcome.is_success else "failed"
-        score = int(time.time()) + self._ttl_s
-        pipeline.zadd(f"{RQ_KEY_PREFIX}:{registry}:{lane.name}", {job.id: score})
+        keys = (
+            _job_key(job.id),
+            f"{RQ_KEY_PREFIX}:results:{job.id}",
+            f"{RQ_KEY_PREFIX}:{registry}:{lane.name}",
+            lane.limbo,
+            EVENTS_STREAM,
+        )
+        pipeline.eval(
+            _FINISH,
+            len(keys),
+            *keys,
+            job.raw_id,
+            self._ttl_s,
+            int(time.time()) + self._ttl_s,
+            int(job.problem is not None),
+            self._stream.events_max,
+            *_counted(result),
+            *_counted(event),
+            *_counted(fields),
+        )
 
     def _lane_of(self, job: Job) -> _Lane:
         return next(lane for lane in self._lanes if lane.name == job.queue)
@@ -273,8 +365,7 @@ class Outbox:
         for lane in self._lanes:
             lane.in_hand.clear()
             for raw_id in self._redis.lrange(lane.limbo, 0, _BATCH - 1):
-                fields = self._redis.eval(_LOAD, 1, _job_key_of(raw_id))
-                job = _read(raw_id, fields, self.session, lane.name)
+                job = self._job(lane, self._load(lane, raw_id))
                 lane.in_hand.add(job)
                 jobs.append(job)
         return jobs
@@ -337,6 +428,10 @@ class Outbox:
 
     def _hang_up(self) -> None:
         """End the connections that wait; what their BLMOVE popped is in a limbo list."""
+        if self._noting is not None:
+            noting, self._noting, self._notes = self._noting, None, 0
+            noting.disconnect()
+            self._redis.connection_pool.release(noting)
         for lane in self._lanes:
             connection, lane.waiting = lane.waiting, None
             if connection is None:
@@ -382,6 +477,10 @@ return status
 """
 
 
+def _is_job_id(raw_id: bytes) -> bool:
+    return JOB_ID_PATTERN.fullmatch(raw_id.decode("ascii", "replace")) is not None
+
+
 def _job_key(job_id: str) -> str:
     return f"{RQ_KEY_PREFIX}:job:{job_id}"
 
@@ -390,15 +489,10 @@ def _job_key_of(raw_id: bytes) -> bytes:
     return _job_key("").encode() + raw_id
 
 
-def _read(raw_id: bytes, flat: Sequence[bytes] | bytes, session: str, queue: str) -> Job:
-    if isinstance(flat, bytes):
-        job = decode(raw_id, {"data": b""}, session=session, queue=queue)
-        return replace(job, problem=JobRefused(f"its record is {flat.decode()}"))
-    fields = {
-        name.decode("ascii", "replace"): value
-        for name, value in zip(flat[::2], flat[1::2], strict=True)
-    }
-    return decode(raw_id, fields, session=session, queue=queue)
+def _counted(fields: Mapping[str, Any]) -> list[Any]:
+    """As arguments of a script: how many follow, then names and values."""
+    flat = [part for item in fields.items() for part in item]
+    return [len(flat), *flat]
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:

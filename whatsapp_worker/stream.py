@@ -36,7 +36,7 @@ class EventStream:
             events_max: `EVENTS_MAX`, the most entries that the stream ever holds.
         """
         self._redis = redis
-        self._events_max = events_max
+        self.events_max = events_max
 
     def add(
         self, event: Event, session: str, payload: Mapping[str, Any], *, id: str | None = None
@@ -52,30 +52,20 @@ class EventStream:
         Raises:
             redis.RedisError: Not appended, or not known to be (transient: say it again).
         """
-        self.queue(self._redis, event, session, payload, id=id)
+        fields = self.entry(event, session, payload, id=id)
+        self._redis.xadd(EVENTS_STREAM, {**fields}, maxlen=self.events_max, approximate=False)
 
-    def queue(
-        self,
-        pipeline: Redis,
-        event: Event,
-        session: str,
-        payload: Mapping[str, Any],
-        *,
-        id: str | None = None,
-    ) -> None:
-        """`add` as one command of the caller's pipeline."""
-        pipeline.xadd(
-            EVENTS_STREAM,
-            {
-                "id": id or secrets.token_hex(16),
-                "event": event.value,
-                "session": session,
-                "timestamp_ms": int(time.time() * 1000),
-                "payload": json.dumps(payload, separators=(",", ":")),
-            },
-            maxlen=self._events_max,
-            approximate=False,
-        )
+    def entry(
+        self, event: Event, session: str, payload: Mapping[str, Any], *, id: str | None = None
+    ) -> dict[str, str | int]:
+        """The fields of an entry, for a transaction of the caller's."""
+        return {
+            "id": id or secrets.token_hex(16),
+            "event": event.value,
+            "session": session,
+            "timestamp_ms": int(time.time() * 1000),
+            "payload": json.dumps(payload, separators=(",", ":")),
+        }
 
     def trim(self) -> float:
         """Drop what every consumer group has read, once the stream is 80 % full.
@@ -90,11 +80,11 @@ class EventStream:
             redis.RedisError: Transient.
         """
         length = int(self._redis.xlen(EVENTS_STREAM))
-        if length > self._events_max * _TRIM_FROM:
-            surplus = int(length - self._events_max * _TRIM_TO)
+        if length > self.events_max * _TRIM_FROM:
+            surplus = int(length - self.events_max * _TRIM_TO)
             self._redis.xtrim(EVENTS_STREAM, minid=self._slowest(), approximate=True, limit=surplus)
             length = int(self._redis.xlen(EVENTS_STREAM))
-        return length / self._events_max
+        return length / self.events_max
 
     def _slowest(self) -> str:
         """The id before which every group has read and acknowledged everything."""
