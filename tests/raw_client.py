@@ -73,6 +73,11 @@ class RawClient:
         self._command(do="send", to=to, message=_text(message.SerializeToString()))
         return str(self._answer("sent", within_s)["id"])
 
+    def pair_phone(self, phone: str) -> str:
+        """Show a pairing code for that phone; after the first `qr`."""
+        self._command(do="pair_phone", phone=phone)
+        return str(self._answer("code", 30)["code"])
+
     def mark_read(self, message: Line) -> None:
         """Mark a message as read that `expect("message")` gave."""
         self._command(do="mark_read", id=message["id"], chat=message["chat"])
@@ -156,6 +161,10 @@ class _Process:
     def _send(self, to: str, message: str) -> None:
         response = self._client.send_message(self._jid(to), self._message(message))
         self._say("answer", to="sent", id=response.ID)
+
+    def _pair_phone(self, phone: str) -> None:
+        code = self._client.PairPhone(phone, show_push_notification=False)
+        self._say("answer", to="code", code=code)
 
     def _mark_read(self, id: str, chat: str) -> None:
         from neonize.utils.enum import ReceiptType

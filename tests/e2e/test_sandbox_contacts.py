@@ -15,7 +15,7 @@ from raw_client import RawClient
 from world import eventually
 
 from whatsapp_worker.sandbox import protobufs
-from whatsapp_worker.sandbox.control import Control, ControlError
+from whatsapp_worker.sandbox.control import Control, ControlError, Message
 
 E2E = protobufs.load("waE2E.WAWebProtobufsE2E_pb2")
 SERVE = (
@@ -78,14 +78,15 @@ class Sandbox:
         client.expect("connected")
         return client
 
-    def arrived(self, message_id: str) -> dict[str, Any]:
+    def arrived(self, message_id: str) -> Message:
         """The row of a message, once its contact has read it."""
 
-        def row() -> dict[str, Any] | None:
-            rows = [row for row in self.control.messages() if row["id"] == message_id]
+        def row() -> Message | None:
+            rows = self.control.messages(id=message_id)
             return rows[0] if rows and rows[0]["type"] else None
 
-        return dict(eventually(row, what="the message arrives"))
+        found: Message = eventually(row, what="the message arrives")
+        return found
 
     def close(self) -> None:
         for client in self._clients:
@@ -122,7 +123,7 @@ def test_a_text_arrives_with_its_secret(sandbox: Sandbox, client: RawClient) -> 
 def test_many_texts_in_a_row_arrive_in_order(sandbox: Sandbox, client: RawClient) -> None:
     ids = [client.send("5521977770001", text(f"number {i}")) for i in range(30)]
     sandbox.arrived(ids[-1])
-    rows = [row for row in sandbox.control.messages() if row["to"] == "5521977770001"]
+    rows = sandbox.control.messages(to="5521977770001")
     assert [row["text"] for row in rows] == [f"number {i}" for i in range(30)]
     assert all(row["undecryptable"] is None for row in rows)
 
@@ -276,19 +277,13 @@ def test_a_group_that_is_not_there_is_an_error(client: RawClient) -> None:
 def test_what_arrives_while_a_client_is_away_waits_for_it(sandbox: Sandbox) -> None:
     away = sandbox.link("away", "5511900003333")
     away.close()
-    eventually(
-        lambda: not any(d["online"] for d in sandbox.control.devices() if _is(d, "5511900003333"))
-    )
+    eventually(lambda: not sandbox.control.devices("5511900003333")[0]["online"])
     for body in ("while", "you", "were out"):
         sandbox.control.inbound(sender=ANA, to="5511900003333", text=body)
     back = sandbox.client("away")
     back.expect("connected")
     for body in ("while", "you", "were out"):
         back.expect("message", text=body)
-
-
-def _is(device: dict[str, Any], phone: str) -> bool:
-    return bool(device["phone"] == phone)
 
 
 @pytest.mark.parametrize("end", [Sandbox.stop, Sandbox.kill])
