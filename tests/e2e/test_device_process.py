@@ -181,15 +181,20 @@ def test_a_device_process_logs_in_and_says_who_it_is(bench):
     connected = device.expect("connected")
     assert connected["phone"] == phone and connected["lid"].endswith("@lid")
     assert time.monotonic() - started < 10
-    beat = eventually(lambda: _beat(device, lambda beat: beat["idle"] and beat["rss_mib"] > 1))
-    assert beat["proof_of_life_age_s"] < 10 and beat["degraded"] is False
+    beat = _beat(device, lambda beat: beat["proof_of_life_age_s"] is not None)
+    assert beat["proof_of_life_age_s"] < 10 and not beat["degraded"]
+    assert beat["idle"] and beat["rss_mib"] > 1 and beat["fds"] > 1 and beat["threads"] > 1
+    assert max(beat["loop_age_s"], beat["consumer_age_s"], beat["client_age_s"]) < 5
     with open(f"/proc/{device.pid}/cmdline", "rb") as file:
         assert file.read().startswith(f"whatsapp-worker device {session}\0".encode())
 
 
-def _beat(device, wanted):
-    beat = device.expect("heartbeat")
-    return beat if wanted(beat) else None
+def _beat(device, wanted, within_s=20):
+    """The first heartbeat of this kind."""
+    deadline = time.monotonic() + within_s
+    while not wanted(beat := device.expect("heartbeat")):
+        assert time.monotonic() < deadline, beat
+    return beat
 
 
 def test_queued_messages_arrive_and_the_job_knows(bench):
@@ -296,6 +301,19 @@ def test_a_server_that_stays_silent_at_login_ends_the_attempt_in_time(bench):
     ending, _ = device.ended(within_s=6)
     bench.control.unstall()
     assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.CONNECTION_FAILED)
+
+
+def test_a_deaf_connection_is_degraded_and_then_recycled(bench):
+    session = unique("deaf")
+    phone = bench.link(session)
+    device = bench.connect(session, HANG_TIMEOUT_S="38")
+    bench.control.stall(phone)
+    beat = _beat(device, lambda beat: beat["degraded"], within_s=45)  # pings: 20 to 30 s, then 10 s
+    assert 10 < beat["proof_of_life_age_s"] < 45
+    ending, code = device.ended(within_s=20)
+    bench.control.unstall()
+    assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT)
+    assert code == Exit.CONNECTION_ENDED
 
 
 def test_two_clients_with_the_same_credentials_end_one_of_them_as_replaced(bench):
