@@ -288,7 +288,7 @@ class ManagedSession:
         wall = self._host.wall()
         facts = {
             "request": self._link.request,
-            "kind": report["report"],
+            "event": report["report"],
             "code": report.get("code"),
             "number": report.get("number"),
             "expires_at": wall + float(report.get("expires_in_s") or 0),
@@ -335,7 +335,9 @@ class ManagedSession:
             self._finish_link("failed", self.reason or Reason.CONNECTION_FAILED, now)
         if self._logout is not None:
             self._pursue_logout(self._logout, now)
-        if self.process is not None and self._is_restarting:
+        if self.process is not None and self.process.kind == "pairing":
+            self.process.kill(now)  # of an attempt that was given up
+        elif self.process is not None and self._is_restarting:
             self.process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED))
         elif self.process is None and self.due_at is not None and now >= self.due_at:
             self._dial(now)
@@ -437,6 +439,9 @@ class ManagedSession:
             return False
         self._set(pid=None)
         return True
+
+    def _has_device(self) -> bool:
+        return self.process is not None and self.process.kind == "device"
 
     def _has_credentials(self) -> bool:
         try:
@@ -633,13 +638,13 @@ class ManagedSession:
         self._give_up_link(Reason.OPERATOR, now)
         settings = self._host.settings
         age_s = max(0.0, self._host.wall() - self.wanted.touched_at)
-        good = self.state not in (State.UNLINKED, State.LOGGED_OUT) and not link.get("again")
+        good = self.state is not State.LOGGED_OUT and not link.get("again")
         self._link = LinkAttempt(
             request=str(link.get("request")),
             method=str(link.get("method") or "qr"),
             phone=link.get("phone"),
             deadline=now + settings.link_attempt_s - age_s,
-            pairs=not (good and (self.process is not None or self._has_credentials())),
+            pairs=not (good and (self._has_device() or self._has_credentials())),
             back=self.state,
             back_reason=self.reason,
         )

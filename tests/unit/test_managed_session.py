@@ -1,0 +1,573 @@
+"""One session under supervision, with a host and processes that only pretend."""
+
+import json
+import socket
+import sqlite3
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.sessions import Sessions, Wanted
+from whatsapp_worker.endings import Ending, EndingKind
+from whatsapp_worker.event_names import Event
+from whatsapp_worker.managed_session import ManagedSession
+from whatsapp_worker.reconnect import Policy
+from whatsapp_worker.reports import Channel
+from whatsapp_worker.session import Reason, State
+from whatsapp_worker.session_process import SessionProcess, socket_pair
+from whatsapp_worker.settings import Settings
+
+START = 1_000_000.0
+LOST = Ending(EndingKind.LOST, Reason.CONNECTION_FAILED)
+
+
+class FakeHost:
+    """Grants everything; `now` moves by hand."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.settings = Settings(data_dir=folder, network="sandbox", **settings)
+        self.policy = Policy(waits_s=(3, 6, 12), jitter_s=0, cooldown_s=60)
+        self.sessions = Sessions(folder)
+        self.now = 0.0
+        self.spawned: list[tuple[str, Mapping[str, Any]]] = []
+        self.events: list[tuple[Event, Mapping[str, Any]]] = []
+        self.logins = 0
+        self.room = True
+        self.gate = True
+        self.deleted: list[str] = []
+        self.freed: list[str] = []
+        self.far: Channel | None = None
+
+    def wall(self) -> float:
+        return START + self.now
+
+    def spawn(self, session: str, kind: str, arguments: Mapping[str, Any]) -> SessionProcess | None:
+        self.spawned.append((kind, dict(arguments)))
+        ours, theirs = socket_pair()
+        self.far = Channel(theirs)
+        return SessionProcess(len(self.spawned), kind, session, ours, self.now)
+
+    def has_room(self, session: str) -> bool:
+        return self.room
+
+    def admits_dial(self, session: str) -> bool:
+        return self.gate
+
+    def told(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
+        self.events.append((event, payload))
+
+    def logged_in(self, session: str) -> None:
+        self.logins += 1
+
+    def finish_deletion(self, session: str, *, why: str) -> bool:
+        self.deleted.append(why)
+        return True
+
+    def end_leftover(self, session: str) -> bool:
+        self.freed.append(session)
+        return True
+
+
+class Play:
+    """A session and its fake world, moved step by step."""
+
+    def __init__(self, host: FakeHost, *, linked: bool = True) -> None:
+        self.host = host
+        self.wanted = host.sessions.create("sales", network="sandbox", now=START)
+        self.folder = host.sessions.folder("sales")
+        if linked:
+            make_credentials(self.folder / "device.db")
+        self.session = self.resume()
+
+    def resume(self) -> ManagedSession:
+        record = self.host.sessions.state("sales")
+        self.session = ManagedSession(
+            "sales", host=self.host, wanted=self.wanted, record=record, now=self.host.now
+        )
+        return self.session
+
+    def want(self, **changes: Any) -> None:
+        change: Callable[[Wanted], Wanted] = lambda wanted: replace(wanted, **changes)  # noqa: E731
+        self.wanted = self.host.sessions.want("sales", change, now=self.host.wall())
+        self.session.want(self.wanted, self.host.now)
+        self.tick()
+
+    def tick(self, after_s: float = 0.0) -> State:
+        self.host.now += after_s
+        self.session.hear(self.host.now)
+        self.session.tick(self.host.now)
+        return self.session.state
+
+    def start(self) -> None:
+        """From a stored state to connected."""
+        self.want(why="start")
+        self.say("started", pid=0)
+        self.say("connecting")
+        self.say("connected", jid="1:2@s", lid="3@lid", phone="1", push_name="Sales")
+
+    def say(self, report: str, **facts: Any) -> State:
+        assert self.host.far is not None
+        self.host.far.send(report=report, **facts)
+        return self.tick()
+
+    def exit(self, ending: Ending | None, status: int = 0, *, was_locked: bool = False) -> State:
+        process = self.session.process
+        assert process is not None
+        if ending is not None:
+            self.say("ended", ending=ending.report())
+        verdict = process.ending(status)
+        self.session.on_exit(verdict, was_locked=was_locked, now=self.host.now)
+        process.close()
+        return self.tick()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.host.spawned]
+
+    @property
+    def saved(self) -> Any:
+        return self.host.sessions.state("sales")
+
+
+def make_credentials(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "CREATE TABLE whatsmeow_device (jid TEXT, lid TEXT, push_name TEXT, platform TEXT)"
+        )
+        database.execute("INSERT INTO whatsmeow_device VALUES ('1:2@s', '3@lid', 'Sales', 'x')")
+    database.close()
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    return Play(FakeHost(tmp_path))
+
+
+def test_a_linked_session_dials_connects_and_names_the_generation(play: Play) -> None:
+    play.start()
+    assert play.session.state is State.CONNECTED
+    assert play.saved.state == "connected"
+    assert play.saved.generation == play.wanted.generation
+    assert play.saved.phone == "1"
+    assert play.host.logins == 1
+    assert [payload["state"] for _, payload in play.host.events] == ["connecting", "connected"]
+
+
+def test_a_session_never_linked_stays_unlinked_when_started(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    play.want(why="start")
+    assert play.session.state is State.UNLINKED
+    assert play.saved.generation == play.wanted.generation
+    assert play.kinds == []
+
+
+def test_a_loss_is_followed_by_attempts_after_3_6_12_s_then_failed_then_the_cool_down(
+    play: Play,
+) -> None:
+    play.start()
+    for wait_s in (3, 6, 12):
+        assert play.exit(LOST) is State.RECONNECTING
+        dials = len(play.kinds)
+        play.tick(wait_s - 0.01)
+        assert len(play.kinds) == dials, "it dialled too early"
+        assert play.tick(0.02) is State.CONNECTING
+        assert len(play.kinds) == dials + 1
+    assert play.exit(LOST) is State.FAILED
+    assert play.saved.reason == "wa-connection-failed"
+    dials = len(play.kinds)
+    play.tick(59)
+    assert len(play.kinds) == dials
+    play.tick(8)
+    assert play.session.state is State.CONNECTING
+
+
+def test_an_operators_command_ends_the_wait(play: Play) -> None:
+    play.start()
+    play.exit(LOST)
+    play.want(why="start")
+    assert play.session.state is State.CONNECTING
+
+
+def test_stop_during_backoff_ends_the_wait_and_nothing_is_dialled(play: Play) -> None:
+    play.start()
+    play.exit(LOST)
+    play.want(run="stop")
+    assert play.session.state is State.STOPPED
+    dials = len(play.kinds)
+    play.tick(100)
+    assert len(play.kinds) == dials
+
+
+def test_stop_names_its_generation_when_the_process_is_gone(play: Play) -> None:
+    play.start()
+    play.want(run="stop")
+    assert play.saved.generation < play.wanted.generation
+    assert play.session.state is State.CONNECTED
+    play.exit(Ending(EndingKind.STOPPED))
+    assert play.saved.state == "stopped"
+    assert play.saved.generation == play.wanted.generation
+
+
+@pytest.mark.parametrize(
+    "kind, reason, state",
+    [
+        (EndingKind.LOGGED_OUT, Reason.LOGGED_OUT, State.LOGGED_OUT),
+        (EndingKind.LOGGED_OUT, Reason.MAIN_DEVICE_GONE, State.LOGGED_OUT),
+        (EndingKind.REPLACED, Reason.STREAM_REPLACED, State.REPLACED),
+        (EndingKind.OUTDATED, Reason.CLIENT_OUTDATED, State.OUTDATED),
+    ],
+)
+def test_permanent_ends_are_never_dialled_again_nor_after_a_restart_of_the_supervisor(
+    play: Play, kind: EndingKind, reason: Reason, state: State
+) -> None:
+    play.start()
+    assert play.exit(Ending(kind, reason)) is state
+    assert play.saved.reason == reason
+    dials = len(play.kinds)
+    play.tick(100_000)
+    play.resume()
+    assert play.tick(100_000) is state
+    assert len(play.kinds) == dials
+
+
+def test_a_ban_ends_by_itself_also_over_a_restart(play: Play) -> None:
+    play.start()
+    until = play.host.wall() + 600
+    play.exit(Ending(EndingKind.BANNED, Reason.TEMPORARY_BAN, until=until))
+    play.tick(300)
+    assert play.resume().state is State.BANNED
+    assert play.tick(299) is State.BANNED
+    assert play.tick(2) is State.CONNECTING
+
+
+def test_an_operator_may_start_a_replaced_session(play: Play) -> None:
+    play.start()
+    play.exit(Ending(EndingKind.REPLACED, Reason.STREAM_REPLACED))
+    play.want(why="start")
+    assert play.session.state is State.CONNECTING
+
+
+def test_a_crash_counts_as_a_loss_with_its_own_reason(play: Play) -> None:
+    play.start()
+    assert play.exit(None, status=9) is State.RECONNECTING
+    assert play.saved.reason == "process-crashed"
+
+
+def test_another_process_on_the_session_is_ended_and_no_attempt_is_counted(play: Play) -> None:
+    play.want(why="start")
+    assert play.exit(Ending(EndingKind.CRASHED), was_locked=True) is State.CONNECTING
+    assert play.host.freed == ["sales"]
+    play.tick(1)
+    assert play.kinds == ["device", "device"]
+    assert play.session.record.attempt == 0
+
+
+def test_beyond_max_sessions_it_waits_with_reason_capacity(play: Play) -> None:
+    play.host.room = False
+    play.want(why="start")
+    assert (play.session.state, play.saved.reason) == (State.STOPPED, "capacity")
+    assert play.saved.generation == play.wanted.generation
+    play.host.room = True
+    assert play.tick(1) is State.CONNECTING
+
+
+def test_a_session_of_the_other_network_refuses_to_run(play: Play) -> None:
+    play.wanted = replace(play.wanted, network="whatsapp")
+    play.resume()
+    play.tick(1)
+    assert (play.session.state, play.saved.reason) == (State.STOPPED, "wrong-network")
+    assert play.kinds == []
+
+
+def link(play: Play, request: str = "r1", **more: Any) -> None:
+    play.want(link={"request": request, "method": "qr", "phone": None, "again": False, **more})
+
+
+def test_linking_shows_codes_in_a_private_file_adopts_and_connects(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    assert play.session.state is State.LINKING
+    assert play.host.spawned == [("pairing", {"method": "qr", "phone": None})]
+    play.say("qr", code="first", expires_in_s=60, number=1)
+    play.say("qr", code="second", expires_in_s=20, number=2)
+    shown = json.loads((play.folder / "link.json").read_text())
+    assert (shown["request"], shown["code"]) == ("r1", "second")
+    assert shown["expires_at"] == play.host.wall() + 20
+    assert (play.folder / "link.json").stat().st_mode & 0o777 == 0o600
+    assert [payload for event, payload in play.host.events if event is Event.QR] == [
+        {"number": 1},
+        {"number": 2},
+    ], "a code must never leave the host"
+    play.say("paired", jid="1:2@s")
+    make_credentials(play.folder / "pairing.db")
+    assert play.exit(Ending(EndingKind.LINKED)) is State.CONNECTING
+    assert not (play.folder / "link.json").exists()
+    assert not (play.folder / "pairing.db").exists()
+    play.say("connected", jid="1:2@s", phone="1")
+    assert play.saved.link == {"request": "r1", "result": "linked", "reason": None, "sentence": ""}
+
+
+def test_a_link_that_nobody_scans_ends_at_its_deadline_and_another_may_start(
+    tmp_path: Path,
+) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.tick(181)
+    process = play.session.process
+    assert process is not None and process.is_ending
+    assert play.exit(None, status=9) is State.UNLINKED
+    assert play.saved.link["reason"] == "qr-expired"
+    assert play.saved.reason == "qr-expired"
+    link(play, "r2")
+    assert play.session.state is State.LINKING
+
+
+def test_a_new_link_request_replaces_the_one_under_way(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    link(play, "r2")
+    assert play.saved.link["request"] == "r1"
+    play.exit(None, status=9)
+    play.tick()
+    assert play.kinds == ["pairing", "pairing"]
+    assert play.saved.link["request"] == "r1", "the second is under way still"
+
+
+def test_a_connected_session_is_linked_at_once_unless_again(play: Play) -> None:
+    play.start()
+    link(play)
+    assert play.saved.link["result"] == "linked"
+    assert play.kinds == ["device"]
+    link(play, "r2", again=True)
+    play.exit(Ending(EndingKind.STOPPED))
+    assert play.kinds == ["device", "pairing"]
+    assert play.session.state is State.LINKING
+
+
+def test_a_failed_relink_leaves_the_old_credentials_in_service(play: Play) -> None:
+    play.start()
+    link(play, again=True)
+    play.exit(Ending(EndingKind.STOPPED))
+    play.exit(Ending(EndingKind.LINK_FAILED, Reason.QR_EXPIRED))
+    play.tick()
+    assert play.session.state is State.CONNECTING
+    assert play.kinds == ["device", "pairing", "device"]
+
+
+def test_a_failed_relink_of_a_logged_out_session_leaves_it_logged_out(play: Play) -> None:
+    play.start()
+    play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
+    link(play)
+    play.exit(Ending(EndingKind.LINK_FAILED, Reason.QR_EXPIRED))
+    assert (play.session.state, play.saved.reason) == (State.LOGGED_OUT, "wa-logged-out")
+
+
+def test_a_link_of_a_session_whose_credentials_turn_out_dead_pairs_anew(play: Play) -> None:
+    link(play)
+    assert play.kinds == ["device"]
+    play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
+    assert play.kinds == ["device", "pairing"]
+    assert play.session.state is State.LINKING
+
+
+def test_a_link_request_that_waited_longer_than_an_attempt_is_answered_not_served(
+    tmp_path: Path,
+) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    change: Callable[[Wanted], Wanted] = lambda wanted: replace(  # noqa: E731
+        wanted, link={"request": "old", "method": "qr"}
+    )
+    play.wanted = play.host.sessions.want("sales", change, now=play.host.wall())
+    play.host.now += 1000
+    play.resume()
+    play.tick()
+    assert play.kinds == []
+    assert play.saved.link["result"] == "failed"
+
+
+def test_a_link_under_way_is_taken_up_by_the_next_supervisor(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.host.now += 5
+    play.resume()
+    play.tick()
+    assert play.session.state is State.LINKING
+    assert play.kinds == ["pairing", "pairing"]
+
+
+def test_logout_of_a_connected_session_orders_it_and_ends_logged_out(play: Play) -> None:
+    play.start()
+    play.want(logout="l1")
+    assert orders(play) == [{"order": "logout"}]
+    play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
+    assert play.saved.state == "logged_out"
+    assert play.saved.generation == play.wanted.generation
+
+
+def test_logout_of_a_failed_session_dials_for_it(play: Play) -> None:
+    play.start()
+    for _ in range(4):
+        play.exit(LOST)
+        play.tick(20)
+    play.want(logout="l1")
+    play.tick()
+    assert orders(play) == [{"order": "logout"}]
+
+
+def orders(play: Play) -> list[dict[str, Any]]:
+    assert play.host.far is not None
+    return play.host.far.receive() or []
+
+
+def test_delete_of_a_connected_session_logs_out_first(play: Play) -> None:
+    play.start()
+    play.want(run="delete", why="delete")
+    assert play.session.state is State.DELETED
+    assert orders(play) == [{"order": "logout"}]
+    assert not play.host.deleted
+    play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
+    assert play.host.deleted == ["delete"]
+    assert play.session.is_gone
+
+
+def test_delete_offline_tries_for_thirty_seconds_then_says_that_the_phone_still_lists_it(
+    play: Play,
+) -> None:
+    play.start()
+    play.exit(LOST)
+    play.want(run="delete", why="delete")
+    while play.host.now < 30:
+        assert not play.host.deleted
+        if play.session.process is not None:
+            play.exit(LOST)
+        play.tick(1)
+    assert 2 <= len(play.kinds) <= 12
+    if play.session.process is not None:
+        play.exit(LOST)
+    play.tick(1)
+    assert "phone still lists" in play.host.deleted[0]
+
+
+def test_delete_of_a_session_never_linked_takes_no_time(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    play.want(run="delete", why="delete")
+    assert play.host.deleted == ["delete"]
+    assert play.kinds == []
+
+
+def test_silence_is_a_hang_and_ends_in_sigterm_then_a_new_attempt(play: Play) -> None:
+    play.start()
+    play.tick(121)
+    process = play.session.process
+    assert process is not None and process.is_ending
+    play.exit(None, status=15)
+    assert play.saved.reason == "process-hung"
+
+
+def test_a_heartbeat_whose_loop_stands_still_is_a_hang(play: Play) -> None:
+    play.start()
+    play.say("heartbeat", loop_age_s=1, consumer_age_s=121)
+    process = play.session.process
+    assert process is not None and process.is_ending
+
+
+def test_a_deaf_connection_is_degraded_then_recycled(play: Play) -> None:
+    play.start()
+    play.say("heartbeat", degraded=True, proof_of_life_age_s=45)
+    play.tick(5)
+    assert play.saved.degraded
+    play.say("heartbeat", degraded=True, proof_of_life_age_s=125)
+    play.exit(None, status=15)
+    assert play.saved.reason == "wa-keepalive-timeout"
+
+
+def test_a_big_process_is_recycled_when_idle_and_forced_at_one_and_a_half(play: Play) -> None:
+    play.start()
+    play.say("heartbeat", rss_mib=600, idle=False)
+    process = play.session.process
+    assert process is not None and not process.is_ending
+    play.say("heartbeat", rss_mib=600, idle=True)
+    assert process.is_ending
+    assert orders(play)[-1]["order"] == "stop"
+    assert play.exit(Ending(EndingKind.STOPPED)) is State.CONNECTING
+    play.say("started", pid=0)
+    play.say("connected")
+    play.say("heartbeat", rss_mib=760, idle=False)
+    process = play.session.process
+    assert process is not None and process.is_ending
+
+
+def test_restart_replaces_the_process_and_then_names_its_generation(play: Play) -> None:
+    play.start()
+    play.want(restart="x1")
+    assert play.saved.generation < play.wanted.generation
+    play.exit(Ending(EndingKind.STOPPED))
+    assert play.kinds == ["device", "device"]
+    assert play.saved.generation == play.wanted.generation
+
+
+def test_a_canarys_failure_counts_nothing(play: Play) -> None:
+    play.start()
+    for _ in range(4):
+        play.exit(LOST)
+        if play.session.state is not State.FAILED:
+            play.tick(20)
+    assert play.session.state is State.FAILED
+    due_at = play.session.due_at
+    assert play.session.dial(play.host.now, as_canary=True)
+    play.exit(LOST)
+    assert play.session.state is State.FAILED
+    assert play.session.due_at == due_at
+
+
+def test_a_full_disk_costs_the_record_and_not_the_session(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from storage.errors import DocumentUnwritable
+
+    def refuse(*_: object) -> None:
+        raise DocumentUnwritable(Path("x"), "disk full")
+
+    play.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sessions, "put_state", refuse)
+        assert play.exit(LOST) is State.RECONNECTING
+    play.tick(6)
+    assert play.saved.state == "connecting"
+
+
+def test_what_changes_all_the_time_is_written_at_most_every_few_seconds(play: Play) -> None:
+    play.start()
+    path = play.folder / "state.json"
+    written = path.stat().st_ino
+    for age_s in range(4):
+        play.say("heartbeat", rss_mib=50 + age_s, proof_of_life_age_s=0)
+        play.tick(1)
+    assert path.stat().st_ino == written
+    play.tick(5)
+    assert path.stat().st_ino != written
+    assert play.saved.rss_mib == 53
+
+
+def test_a_supervisor_that_leaves_calls_nothing_connected(play: Play) -> None:
+    play.start()
+    play.session.leave(play.host.now, drain_s=8)
+    play.exit(Ending(EndingKind.STOPPED))
+    play.session.left(play.host.now)
+    assert play.saved.state == "stopped"
+    play.session = play.resume()
+    assert play.tick() is State.CONNECTING
+
+
+def test_garbage_on_the_channel_ends_the_process(play: Play) -> None:
+    play.start()
+    assert play.host.far is not None
+    sock = socket.socket(fileno=play.host.far.fileno())
+    sock.send(b"garbage\n")
+    play.tick()
+    process = play.session.process
+    assert process is not None and process.is_ending
+    sock.detach()

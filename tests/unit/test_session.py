@@ -1,0 +1,78 @@
+"""The state machine: one table, one step."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whatsapp_worker.session import (
+    SURPRISES,
+    TABLE,
+    ImpossibleStep,
+    Reason,
+    State,
+    Trigger,
+    document,
+    sentence,
+    step,
+)
+
+STATES_PAGE = Path(__file__).parents[2] / "docs" / "states.md"
+
+
+@given(st.sampled_from(State), st.lists(st.sampled_from(Trigger)))
+def test_any_sequence_of_triggers_steps_through_the_table_alone(
+    state: State, triggers: list[Trigger]
+) -> None:
+    for trigger in triggers:
+        try:
+            following = step(state, trigger)
+        except ImpossibleStep:
+            assert trigger not in SURPRISES
+            assert trigger not in TABLE[state]
+            continue
+        if following is None:
+            assert trigger in SURPRISES
+        else:
+            assert TABLE[state][trigger] is following
+            state = following
+
+
+@pytest.mark.parametrize("state", State)
+def test_every_state_can_be_deleted_and_none_comes_back(state: State) -> None:
+    assert step(state, Trigger.DELETE) is State.DELETED
+    assert set(TABLE[State.DELETED].values()) == {State.DELETED}
+
+
+def test_every_state_can_be_reached_from_unlinked() -> None:
+    reached, frontier = {State.UNLINKED}, [State.UNLINKED]
+    while frontier:
+        for following in TABLE[frontier.pop()].values():
+            if following not in reached:
+                reached.add(following)
+                frontier.append(following)
+    assert reached == set(State)
+
+
+def test_what_whatsapp_says_of_a_session_that_runs_no_more_is_ignored() -> None:
+    for trigger in SURPRISES:
+        assert step(State.STOPPED, trigger) is None
+
+
+def test_our_own_mistake_raises() -> None:
+    with pytest.raises(ImpossibleStep):
+        step(State.UNLINKED, Trigger.SPENT)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_a_sentence_that_says_something(reason: Reason) -> None:
+    text = sentence(reason, "sales")
+    assert text.endswith((".", "sales"))
+    assert "{" not in text
+
+
+def test_the_diagram_in_the_docs_is_the_table() -> None:
+    assert STATES_PAGE.read_text() == document(), (
+        "stale: python -m whatsapp_worker.session > docs/states.md"
+    )
