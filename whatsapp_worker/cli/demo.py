@@ -208,7 +208,7 @@ class Demo:
         _say(f"$ whatsapp-worker link {SESSION}", "dim")
         print(HOW_TO_SCAN)
         states = self._states()
-        linked: Linked | None = None
+        linked, scanned = None, False
         for word in Attempt(self._host, SESSION).follow():
             if isinstance(word, Code):
                 print("\n".join(drawing(word, colours=has_colours(sys.stdout))), flush=True)
@@ -217,9 +217,11 @@ class Demo:
                     f" Now the sandbox's simulated phone +{PHONE} scans it:"
                 )
                 self._control.scan(word.code, phone=PHONE)
+                scanned = True
             elif isinstance(word, Linked):
                 linked = word
-            states.show()
+            if scanned:
+                states.show()
         if linked is None:
             raise StepFailed("the link attempt ended without a word")
         self._await("the session to be connected", lambda: states.show() == "connected")

@@ -10,7 +10,7 @@ from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.linking import Attempt, Code, Linked, Moved
 from whatsapp_worker.cli.terminal import emit, has_colours, paint, talk
-from whatsapp_worker.errors import LinkFailed, UsageError
+from whatsapp_worker.errors import LinkFailed, UsageError, WorkerError
 from whatsapp_worker.settings import Settings
 
 HOW_TO_SCAN = "On the phone: WhatsApp > Settings > Linked devices > Link a device, and scan:"
@@ -22,6 +22,18 @@ HOW_TO_TYPE = (
 
 def link(options: Options, settings: Settings) -> int:
     """Serve `link SESSION`."""
+    try:
+        _link(options, settings)
+    except WorkerError as error:
+        if not options.json:
+            raise
+        reason = error.reason if isinstance(error, LinkFailed) else _reason(error)
+        emit({"event": "failed", "reason": reason, "sentence": str(error)})
+        return error.exit_code
+    return 0
+
+
+def _link(options: Options, settings: Settings) -> None:
     attempt = Attempt(
         Host(settings), options.session, phone=_digits(options.phone), again=options.again
     )
@@ -31,15 +43,14 @@ def link(options: Options, settings: Settings) -> int:
         with screen:
             for word in attempt.follow():
                 screen.show(word)
-    except LinkFailed as failed:
-        if not options.json:
-            raise
-        emit({"event": "failed", "reason": failed.reason, "sentence": str(failed)})
-        return failed.exit_code
     except KeyboardInterrupt:
         attempt.withdraw()
         raise
-    return 0
+
+
+def _reason(error: WorkerError) -> str:
+    """A code for what went wrong around the attempt: `CapacityReached` is `capacity-reached`."""
+    return re.sub(r"(?<=.)([A-Z])", r"-\1", type(error).__name__).lower()
 
 
 def _digits(phone: str | None) -> str | None:

@@ -1,0 +1,192 @@
+"""Commands against the records alone: no supervisor, or one that only writes records."""
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.locks import FileLock
+from storage.sessions import Sessions, StateRecord, Wanted
+from whatsapp_worker.cli import host, main
+
+
+@pytest.fixture
+def sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sessions:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setattr(host, "SUPERVISOR_GRACE_S", 0.2)
+    return Sessions(tmp_path)
+
+
+def make(sessions: Sessions, name: str, state: str, **facts: object) -> Wanted:
+    wanted = sessions.create(name, network="whatsapp", now=time.time())
+    record = StateRecord(generation=wanted.generation, state=state, since=time.time())
+    sessions.put_state(name, dataclasses.replace(record, **facts))
+    return wanted
+
+
+@contextlib.contextmanager
+def supervised(
+    sessions: Sessions, answer: Callable[[str, Wanted], StateRecord | None]
+) -> Iterator[None]:
+    """Holds the supervisor's lock and answers each change with a state; None removes it."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(0.02):
+            for name in sessions.changed():
+                wanted = sessions.wanted(name)
+                if wanted is None:
+                    continue
+                state = answer(name, wanted)
+                if state is None:
+                    sessions.remove(name)
+                else:
+                    sessions.put_state(name, state)
+
+    sessions.changed()
+    thread = threading.Thread(target=run)
+    with FileLock(sessions.data_dir / "supervisor.lock"):
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def answering(state: str, **facts: object) -> Callable[[str, Wanted], StateRecord]:
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        return StateRecord(generation=wanted.generation, state=state, since=time.time(), **facts)
+
+    return answer
+
+
+def row(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("state", ["connected", "connecting", "linking", "reconnecting"])
+def test_without_a_supervisor_nothing_is_called_connected(sessions, capsys, state):
+    make(sessions, "sales", state, pid=4711, phone="5511999990001")
+    assert main(["status", "--json"]) == 0
+    found = row(capsys)
+    assert found["supervisor"] == {"alive": False, "pid": None}
+    [told] = found["sessions"]
+    assert told["state"] == "stopped" and told["pid"] is None
+    assert "whatsapp-worker run" in told["sentence"]
+
+
+def test_status_tells_every_key_that_programs_rely_on(sessions, capsys):
+    make(sessions, "sales", "unlinked")
+    sessions.create("new", network="whatsapp", now=time.time())
+    main(["status", "--json"])
+    keys = "session state reason sentence since degraded phone jid pid attempt queue"
+    for told in row(capsys)["sessions"]:
+        assert {*keys.split(), "proof_of_life_age_s", "rss_mib"} <= told.keys()
+        assert told["queue"].keys() == {"state", "reason", "until", "depth"}
+
+
+def test_a_broken_record_costs_its_own_row_only(sessions, capsys):
+    make(sessions, "good", "stopped")
+    make(sessions, "torn", "stopped")
+    for path in sessions.folder("torn").glob("state.json*"):
+        path.write_text("{")
+    assert main(["status", "--json"]) == 0
+    states = {told["session"]: told["state"] for told in row(capsys)["sessions"]}
+    assert states == {"good": "stopped", "torn": "failed"}
+
+
+def test_a_request_without_a_supervisor_is_recorded_and_says_so(sessions, capsys):
+    make(sessions, "sales", "stopped")
+    assert main(["stop", "sales", "--json"]) == 6
+    told = capsys.readouterr()
+    assert told.out == "" and "recorded" in told.err
+    assert sessions.wanted("sales").run == "stop"
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "code"),
+    [
+        ("stop", "stopped", 0),
+        ("start", "connected", 0),
+        ("start", "unlinked", 1),
+        ("start", "banned", 1),
+        ("restart", "connected", 0),
+        ("logout", "logged_out", 0),
+        ("logout", "connected", 1),
+    ],
+)
+def test_an_operation_waits_for_its_state_and_tells_it(sessions, capsys, command, state, code):
+    make(sessions, "sales", "connected", pid=1)
+    with supervised(sessions, answering(state, pid=2)):
+        assert main([command, "sales", "--json"]) == code
+    assert row(capsys) == {"session": "sales", "state": state}
+
+
+def test_delete_ends_when_the_record_is_gone(sessions, capsys):
+    make(sessions, "sales", "connected")
+    with supervised(sessions, lambda name, wanted: None):
+        assert main(["delete", "sales", "--yes", "--json"]) == 0
+    assert row(capsys) == {"session": "sales", "state": "deleted"}
+
+
+def test_delete_asks_first(sessions, capsys):
+    make(sessions, "sales", "connected")
+    assert main(["delete", "sales", "--json"]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert sessions.wanted("sales").run == "run"
+
+
+def test_all_concerns_every_session_and_the_worst_code_counts(sessions, capsys):
+    for name in ("one", "two", "three"):
+        make(sessions, name, "stopped")
+
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        return answering("banned" if name == "two" else "connected")(name, wanted)
+
+    with supervised(sessions, answer):
+        assert main(["start", "--all", "--json"]) == 1
+    told = capsys.readouterr()
+    states = {line["session"]: line["state"] for line in map(json.loads, told.out.splitlines())}
+    assert states == {"one": "connected", "two": "banned", "three": "connected"}
+    assert "two" in told.err
+
+
+def test_link_of_a_connected_session_says_linked_at_once_and_changes_nothing(sessions, capsys):
+    wanted = make(sessions, "sales", "connected", phone="5511999990001", jid="j")
+    with supervised(sessions, answering("connected")):
+        assert main(["link", "sales", "--json"]) == 0
+    assert row(capsys) == {"event": "linked", "phone": "5511999990001", "jid": "j"}
+    assert sessions.wanted("sales").generation == wanted.generation
+
+
+def test_link_that_fails_tells_reason_and_sentence(sessions, capsys):
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        link = {"request": (wanted.link or {}).get("request"), "result": "failed"}
+        link |= {"reason": "qr-expired", "sentence": "Nobody scanned."}
+        return answering("unlinked", link=link)(name, wanted)
+
+    with supervised(sessions, answer):
+        assert main(["link", "new", "--json"]) == 1
+    expected = {"event": "failed", "reason": "qr-expired", "sentence": "Nobody scanned."}
+    assert row(capsys) == expected
+
+
+def test_link_beyond_max_sessions_is_refused(sessions, capsys, monkeypatch):
+    monkeypatch.setenv("MAX_SESSIONS", "1")
+    make(sessions, "one", "connected")
+    assert main(["link", "two", "--json"]) == 4
+    assert row(capsys)["reason"] == "capacity-reached"
+    assert sessions.ids() == ["one"]
+
+
+@pytest.mark.parametrize("words", [["link", "No/pe"], ["link", "x", "--phone", "12"]])
+def test_link_refuses_what_is_no_session_id_or_number(sessions, words):
+    assert main(words) == 2
+    assert sessions.ids() == []
