@@ -92,6 +92,20 @@ def test_what_is_no_code_of_this_network_is_refused(sandbox: Sandbox) -> None:
         assert refused.value.status == 400
 
 
+def test_a_code_typed_into_a_phone_links_it(sandbox: Sandbox) -> None:
+    client = sandbox.client("typed")
+    client.expect("qr")
+    code = client.pair_phone("+5511900000999")
+    with pytest.raises(ControlError, match="no client shows"):
+        sandbox.control.enter_code(code, "5511900000998")
+    wrong = "1" + code[1:] if code[0] != "1" else "2" + code[1:]
+    assert sandbox.control.enter_code(wrong, "5511900000999")["outcome"] == "refused: wrong code"
+    scanned = sandbox.control.enter_code(code, "5511900000999")
+    assert (scanned["outcome"], scanned["phone"]) == ("paired", "5511900000999")
+    client.expect("connected")
+    client.close()
+
+
 def test_a_removed_device_is_logged_out_for_good(sandbox: Sandbox) -> None:
     client = sandbox.link("removed", "5511900000111")
     assert sandbox.control.logout_device("5511900000111") == 1

@@ -25,13 +25,12 @@ from whatsapp_worker.sandbox.faults import (
 from whatsapp_worker.sandbox.media import Media, MediaUnavailable
 from whatsapp_worker.sandbox.model import Attempt, Device, UnknownTarget
 from whatsapp_worker.sandbox.network import Network
-from whatsapp_worker.sandbox.pairing import QR_CODES, InvalidCode
+from whatsapp_worker.sandbox.pairing import QR_CODES, InvalidCode, PairingSession
 from whatsapp_worker.sandbox.post import MAX_CONFIGURED, RECEIPT_STEPS, Manners
 from whatsapp_worker.sandbox.signal import SignalError
 
 SCAN_WAIT_S = 20.0
 MAX_TEXT = 65_536
-_DEADLY_REASON = 413  # ends whatsmeow's whole process: allowed, since that is worth a test too
 
 
 class BadRequest(Exception):
@@ -130,6 +129,7 @@ class Api:
         """Method and path of each route."""
         return {
             ("POST", "/scan"): self.scan,
+            ("POST", "/enter-code"): self.enter_code,
             ("POST", "/expire-qr"): self.expire_qr,
             ("GET", "/devices"): self.devices,
             ("GET", "/connections"): self.connections,
@@ -157,8 +157,12 @@ class Api:
         code, phone = fields.text("code"), fields.phone_or_none()
         wrong = fields.choice("hmac", ["right", "wrong"], "right") == "wrong"
         fields.end()
-        device, outcome = self._network.pairing.scan(code, phone, wrong_hmac=wrong)
-        return await _linked(self._network, device, outcome)
+        return await self._linked(self._network.pairing.scan(code, phone, wrong_hmac=wrong))
+
+    async def enter_code(self, fields: Fields) -> Any:
+        code, phone = fields.text("code"), fields.phone()
+        fields.end()
+        return await self._linked(self._network.pairing.enter(code, phone))
 
     def expire_qr(self, fields: Fields) -> Any:
         codes = fields.number("codes", None, low=1)
@@ -336,6 +340,20 @@ class Api:
         self._network.post.clear()
         return {}
 
+    async def _linked(self, session: PairingSession) -> Any:
+        """Wait until it is known what the client thinks of its new credentials."""
+        try:
+            outcome = await asyncio.wait_for(asyncio.shield(session.outcome), SCAN_WAIT_S)
+        except TimeoutError:
+            outcome = "no answer"
+        device = session.device
+        return {
+            "phone": device.phone if device else session.code_phone,
+            "jid": str(device.jid) if device else "",
+            "lid": str(self._network.lid(device.phone, device.number)) if device else "",
+            "outcome": outcome,
+        }
+
     def _devices(self, phone: str) -> list[Device]:
         devices = self._network.devices_of(phone)
         if not devices:
@@ -428,20 +446,6 @@ async def _values(request: web.Request) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadRequest("the body is no JSON object")
     return values
-
-
-async def _linked(network: Network, device: Device, outcome: asyncio.Future[str]) -> Any:
-    """Wait until the client said what it thinks of its new credentials."""
-    try:
-        word = await asyncio.wait_for(asyncio.shield(outcome), SCAN_WAIT_S)
-    except TimeoutError:
-        word = "no answer"
-    return {
-        "phone": device.phone,
-        "jid": str(device.jid),
-        "lid": str(network.lid(device.phone, device.number)),
-        "outcome": word,
-    }
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

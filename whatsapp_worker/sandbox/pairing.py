@@ -1,4 +1,4 @@
-"""Linking a device: QR codes, and the simulated phone that scans them."""
+"""Linking a device: QR and pairing codes, and the simulated phone that reads them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from whatsapp_worker.sandbox import protobufs
 from whatsapp_worker.sandbox.binary import SERVER, Attrs, Node
+from whatsapp_worker.sandbox.link_code import PhoneSide, WrongCode
 from whatsapp_worker.sandbox.model import Device, Link, UnknownTarget, unix_time
 from whatsapp_worker.sandbox.queries import result
 from whatsapp_worker.sandbox.signal import sign
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QR_CODES = 6
+LINK_CODE_LENGTH = 8
 CLOSE_AFTER_S = 0.5  # a client that was told to reconnect closes by itself, usually
 _ACCOUNT_SIGNATURE = b"\x06\x00"
 
@@ -67,14 +69,8 @@ class Pairing:
             session.link.close("qr expired")
         return len(sessions)
 
-    def scan(
-        self, code: str, phone: str | None, *, wrong_hmac: bool = False
-    ) -> tuple[Device, asyncio.Future[str]]:
-        """A phone scans a code.
-
-        Returns:
-            The device that is being linked, and what becomes of it: `paired`, `refused: ...` or
-            `connection lost`.
+    def scan(self, code: str, phone: str | None, *, wrong_hmac: bool = False) -> PairingSession:
+        """A phone scans a code; the session tells what becomes of it.
 
         Raises:
             InvalidCode: Not a code as neonize gives it, or not of that client.
@@ -86,7 +82,25 @@ class Pairing:
             raise UnknownTarget("this code is void: expired, used, or from another network")
         if (noise_key, identity) != (session.noise_key, session.identity):
             raise InvalidCode("the keys in this code are not those of the client that shows it")
-        return session.link_to(phone or self._network.free_phone(), secret, wrong_hmac=wrong_hmac)
+        session.link_to(phone or self._network.free_phone(), secret, wrong_hmac=wrong_hmac)
+        return session
+
+    def enter(self, code: str, phone: str) -> PairingSession:
+        """A code is typed into a phone; the session tells what becomes of it.
+
+        Raises:
+            InvalidCode: Not eight characters.
+            UnknownTarget: No client that waits shows a code for that phone.
+        """
+        typed = code.replace("-", "").strip().upper()
+        if len(typed) != LINK_CODE_LENGTH or not typed.isascii():
+            raise InvalidCode("a pairing code has eight characters")
+        waiting = dict.fromkeys(self._waiting.values())
+        session = next((s for s in reversed(waiting) if s.code_phone == phone), None)
+        if session is None:
+            raise UnknownTarget(f"no client shows a pairing code for {phone}")
+        session.enter(typed)
+        return session
 
 
 def parse_code(code: str) -> tuple[str, bytes, bytes, bytes]:
@@ -106,31 +120,38 @@ def parse_code(code: str) -> tuple[str, bytes, bytes, bytes]:
 
 
 class PairingSession:
-    """One client that waits to be linked."""
+    """One client that waits to be linked.
+
+    Attributes:
+        outcome: `paired`, `refused: ...` or `connection lost`, once that is known.
+        device: What is being linked, once a phone agreed.
+        code_phone: The phone that a pairing code is shown for.
+    """
 
     def __init__(self, network: Network, link: Link, noise_key: bytes, registration: Any) -> None:
         self.link = link
         self.noise_key = noise_key
         self.identity = bytes(registration.eIdent)
+        self.outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.device: Device | None = None
+        self.code_phone: str | None = None
         self._network = network
         self._registration = registration
-        self._device: Device | None = None
-        self._outcome: asyncio.Future[str] | None = None
         self._request_id = ""
+        self._wrapped_key = b""
+        self._code_ref = b""
+        self._phone_side: PhoneSide | None = None
 
     def offer(self, refs: list[str]) -> None:
         """Send the codes' references to the client."""
         children = [Node("ref", {}, ref.encode()) for ref in refs]
         self._request(Node("pair-device", {}, children))
 
-    def link_to(
-        self, phone: str, secret: bytes, *, wrong_hmac: bool
-    ) -> tuple[Device, asyncio.Future[str]]:
+    def link_to(self, phone: str, secret: bytes, *, wrong_hmac: bool = False) -> None:
         """The phone agrees: tell the client who it is now."""
         self._network.pairing.forget(self)
         number = self._network.next_number(phone)
-        device = self._device = self._make_device(phone, number)
-        self._outcome = asyncio.get_running_loop().create_future()
+        device = self.device = self._make_device(phone, number)
         identity = self._signed_identity(phone, number)
         key = bytes(32) if wrong_hmac else secret
         signed = _adv.ADVSignedDeviceIdentityHMAC(
@@ -143,7 +164,32 @@ class PairingSession:
         ]
         self.link.attempt.phone = phone
         self._request(Node("pair-success", {}, children))
-        return device, self._outcome
+
+    def enter(self, code: str) -> None:
+        """The phone got a pairing code typed in: greet the client that shows it."""
+        assert self.code_phone is not None
+        if self.outcome.done():  # a wrong code was typed before
+            self.outcome = asyncio.get_running_loop().create_future()
+        identity = self._network.contacts.identity_pair(self.code_phone)
+        try:
+            side = PhoneSide(code=code, wrapped=self._wrapped_key, identity=identity)
+        except WrongCode as error:
+            self._settle(f"refused: {error}")
+            return
+        self._phone_side = side
+        children = [
+            Node("link_code_pairing_wrapped_primary_ephemeral_pub", {}, side.wrapped),
+            Node("primary_identity_pub", {}, identity.public),
+            Node("link_code_pairing_ref", {}, self._code_ref),
+        ]
+        hello = Node("link_code_companion_reg", {"stage": "primary_hello"}, children)
+        attrs: Attrs = {
+            "from": SERVER,
+            "type": "link_code_companion_reg",
+            "id": secrets.token_hex(8),
+            "t": unix_time(),
+        }
+        self.link.send(Node("notification", attrs, [hello]))
 
     def handle(self, node: Node) -> None:
         """Take a stanza that the client sent."""
@@ -151,18 +197,45 @@ class PairingSession:
         if node.tag != "iq":
             return
         if kind in ("get", "set"):
-            self.link.send(result(node, []))
-        elif node.text("id") == self._request_id and self._device is not None:
-            self._finish(node, kind)
+            registration = node.child("link_code_companion_reg")
+            self.link.send(result(node, self._register(registration) if registration else []))
+            if registration and registration.text("stage") == "companion_finish":
+                self._open_bundle(registration)
+        elif node.text("id") == self._request_id and self.device is not None:
+            self._finish(self.device, node, kind)
 
     def lost(self) -> None:
         """The connection is gone."""
         self._network.pairing.forget(self)
         self._settle("connection lost")
 
-    def _finish(self, node: Node, kind: str) -> None:
-        device, self._device = self._device, None
-        assert device is not None
+    def _register(self, registration: Node) -> list[Node]:
+        """A client wants to show a pairing code: remember its key, give it a reference."""
+        if registration.text("stage") != "companion_hello":
+            return []
+        wrapped = registration.child("link_code_pairing_wrapped_companion_ephemeral_pub")
+        self.code_phone = self._network.phone(registration.jid("jid"))
+        self._wrapped_key = wrapped.data if wrapped else b""
+        self._code_ref = secrets.token_urlsafe(24).encode()
+        answer = [Node("link_code_pairing_ref", {}, self._code_ref)]
+        return [Node("link_code_companion_reg", {"stage": "companion_hello"}, answer)]
+
+    def _open_bundle(self, registration: Node) -> None:
+        bundle = registration.child("link_code_pairing_wrapped_key_bundle")
+        if self._phone_side is None or self.code_phone is None or bundle is None:
+            return
+        try:
+            identity, secret = self._phone_side.secret(bundle.data)
+        except WrongCode as error:
+            self._settle(f"refused: {error}")
+            return
+        if identity == self.identity:
+            self.link_to(self.code_phone, secret)
+        else:
+            self._settle("refused: another client's identity")
+
+    def _finish(self, device: Device, node: Node, kind: str) -> None:
+        self._request_id = ""
         if kind == "result" and node.child("pair-device-sign") is not None:
             self._network.add_device(device)
             self._settle("paired")
@@ -175,8 +248,8 @@ class PairingSession:
             self._settle(f"refused: {error.text('text') if error else kind}")
 
     def _settle(self, outcome: str) -> None:
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(outcome)
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
 
     def _make_device(self, phone: str, number: int) -> Device:
         data = self._registration
