@@ -11,10 +11,10 @@ the worker's settings or files, only its Redis.
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, Unpack
 
 from redis import Redis
 from redis.exceptions import ResponseError
@@ -245,6 +245,21 @@ class StreamEvent:
     entry_id: str
 
 
+P = ParamSpec("P")
+
+
+def _sender(
+    draft: Callable[Concatenate[str, P], Draft],
+) -> Callable[Concatenate["Outbox", str, str, P], Job]:
+    """The method `(session, to, ...)` that enqueues such a draft."""
+
+    def send(self: "Outbox", session: str, to: str, *args: P.args, **kwargs: P.kwargs) -> Job:
+        return self.send(session, draft(to, *args, **kwargs))
+
+    send.__doc__ = f"`send` of a `{draft.__name__}`: {draft.__doc__}"
+    return send  # type: ignore[return-value]  # it takes session and to by name as well
+
+
 class Outbox:
     """Enqueues messages, tells what became of them, and reads events. Keeps no state.
 
@@ -298,20 +313,21 @@ class Outbox:
                 for kwargs in batch
             )
 
-    def send_text(
-        self,
-        session: str,
-        to: str,
-        body: str,
-        *,
-        preview_url: bool | None = None,
-        mentions: Sequence[str] | None = None,
-        **options: Unpack[Options],
-    ) -> Job:
-        """`send` of a `text`."""
-        return self.send(
-            session, text(to, body, preview_url=preview_url, mentions=mentions, **options)
-        )
+    send_text = _sender(text)
+    send_image = _sender(image)
+    send_video = _sender(video)
+    send_audio = _sender(audio)
+    send_voice = _sender(voice)
+    send_document = _sender(document)
+    send_sticker = _sender(sticker)
+    send_location = _sender(location)
+    send_contacts = _sender(contacts)
+    send_contact = _sender(contact)
+    send_reaction = _sender(reaction)
+    send_poll = _sender(poll)
+    send_edit = _sender(edit)
+    send_revoke = _sender(revoke)
+    mark_read = _sender(mark_read)
 
     def outcome(self, job: Job | str) -> Outcome:
         """What became of a job so far: `queued`, `sending`, or how it ended.

@@ -68,7 +68,7 @@ class TextMessage(Message):
 TYPES: dict[str, type[Message]] = {"text": TextMessage}
 
 
-class _Options(_Strict):
+class Options(_Strict):
     """The arguments of a job beside session, to and message."""
 
     # Printable, and without the NUL that PostgreSQL refuses.
@@ -122,7 +122,7 @@ def validate(kwargs: Mapping[str, Any], *, session: str | None = None) -> Outgoi
     if message.to is not None and recipient.parse(message.to, field="message.to") != to:
         raise InvalidMessage("message.to", "does not agree with to")
     try:
-        options = _Options.model_validate(given)
+        options = Options.model_validate(given)
     except ValidationError as error:
         raise _refusal("", error) from None
     _check_metadata(options.metadata)

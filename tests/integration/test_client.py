@@ -84,6 +84,28 @@ def test_neither_text_nor_number_stands_in_the_description(redis, out):
     assert fields(redis, out.send_text("sales", TO, "Hello"))["description"] == b"send_message"
 
 
+def test_there_is_a_method_for_every_kind_of_message(out, monkeypatch):
+    sent = []
+    monkeypatch.setattr(Outbox, "send", lambda self, session, draft: sent.append(draft))
+    out.send_text("sales", TO, "Hello", message_id="1")
+    out.send_image("sales", TO, link="https://example.com/a.jpg", caption="A")
+    out.send_video("sales", TO, file="a.mp4")
+    out.send_audio("sales", TO, file="a.ogg")
+    out.send_voice("sales", TO, file="a.ogg")
+    out.send_document("sales", TO, file="a.pdf")
+    out.send_sticker("sales", TO, file="a.webp")
+    out.send_location("sales", TO, latitude=1.0, longitude=2.0)
+    out.send_contact("sales", TO, name="Ana", phone="+5511999990002")
+    out.send_contacts("sales", TO, [])
+    out.send_reaction("sales", TO, message_id_of="3EB0", emoji="👍")
+    out.send_poll("sales", TO, question="When?", choices=["Now", "Later"])
+    out.send_edit("sales", TO, message_id_of="3EB0", body="Hello!")
+    out.send_revoke("sales", TO, message_id_of="3EB0")
+    out.mark_read("sales", TO, message_id_of="3EB0")
+    assert len({draft.message["type"] for draft in sent}) == 13
+    assert sent[0] == client.text(TO, "Hello", message_id="1")
+
+
 def test_a_bad_message_raises_at_the_call_and_enqueues_nothing(redis, out):
     for field, call in {
         "to": lambda: out.send_text("sales", "nobody", "Hello"),
