@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.exceptions import RedisError
 from rq.defaults import RQ_KEY_PREFIX
-from rq.job import JOB_ID_PATTERN
+from rq.job import JOB_ID_PATTERN, JobStatus
 from rq.results import Result
 
 from whatsapp_worker.event_names import Event, Status
@@ -549,3 +549,34 @@ def fail_queue(
         count += 1
         outbox.exchange([Finished(job, failed)], pop=count < limit)
     return count
+
+
+def prove_sent(redis: Redis, job_id: str, message_id: str, outcome: Outcome) -> bool:
+    """A receipt proved that an unknown message was sent: say so in its job, too.
+
+    Only in a job that says `unknown` of this message; others are left alone. Its time to live
+    stays. Repeating is harmless.
+
+    Returns:
+        Whether the job was changed.
+    """
+    client: Any = redis
+    key = _job_key(job_id)
+    names = ("data", "meta", "status", "origin")
+    fields = dict(zip(names, client.hmget(key, names), strict=True))
+    if not fields["data"] or not fields["origin"]:
+        return False
+    queue = fields["origin"].decode()
+    present = {name: value for name, value in fields.items() if value}
+    job = decode(job_id.encode(), present, session="", queue=queue)
+    if job.message_id != message_id or not job.outcome or job.outcome.status != Status.UNKNOWN:
+        return False
+    meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
+    expires_at = int(time.time()) + max(1, int(client.ttl(key)))
+    pipeline = client.pipeline(transaction=True)
+    pipeline.hset(key, mapping={"status": JobStatus.FINISHED.value, "meta": meta})
+    pipeline.xadd(f"{RQ_KEY_PREFIX}:results:{job_id}", _result(outcome), maxlen=10)
+    pipeline.zrem(f"{RQ_KEY_PREFIX}:failed:{queue}", job_id)
+    pipeline.zadd(f"{RQ_KEY_PREFIX}:finished:{queue}", {job_id: expires_at})
+    pipeline.execute()
+    return True

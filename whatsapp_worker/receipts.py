@@ -1,29 +1,181 @@
 """Receipts and inbound messages on their way from neonize's event thread to `wa:events`."""
 
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from redis.exceptions import RedisError
+
+from storage.errors import StorageError
+from storage.ledger import Ledger
+from whatsapp_worker.event_names import Event
 from whatsapp_worker.facts import Inbound, Receipt
-from whatsapp_worker.stream import EventStream
+from whatsapp_worker.stream import EventStream, event_id
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 10_000  # facts
+_REMEMBERED = 20_000  # messages whose ids are known without asking the ledger
+_BATCH = 200
+_LOOK_S = 0.25
+_FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
+# A receipt may overtake the return of the send that it is for.
+_OVERTAKING_S = 0.5
+_RETRY_S = 0.05
+
+
+class _Item(NamedTuple):
+    """One WhatsApp id of one fact."""
+
+    fact: Receipt | Inbound
+    wa_message_id: str
+    expires_at: float  # monotonic; then it is written though its message is not known
 
 
 class FactWriter:
     """A bounded thread that tells the stream what the client heard. Redis down never blocks
     the caller; 10,000 facts wait for it, later ones are dropped with an ERROR line."""
 
-    def __init__(self, session: str, stream: EventStream) -> None:
-        """Starts nothing. `stream` needs a connection of its own."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        session: str,
+        stream: EventStream,
+        *,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            session: Whose client it is.
+            stream: With a connection of its own.
+            ledger: Asked whose receipt it is when `sent` was not told, as after a restart.
+        """
+        self._session = session
+        self._stream = stream
+        self._ledger = ledger
+        self._waiting: queue.Queue[Receipt | Inbound] = queue.Queue(MAX_WAITING)
+        self._known: OrderedDict[str, str] = OrderedDict()
+        self._todo: deque[_Item] = deque()
+        self._lock = threading.Lock()
+        self._closed_at: float | None = None  # monotonic; when writing is given up
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="facts", daemon=True)
 
     def start(self) -> None:
         """Start the (daemon) thread."""
-        raise NotImplementedError
+        self._thread.start()
 
     def offer(self, fact: Receipt | Inbound) -> None:
         """Hand over a fact; returns at once. From any thread."""
-        raise NotImplementedError
+        try:
+            self._waiting.put_nowait(fact)
+        except queue.Full:
+            self._dropped += 1
+            if self._dropped % 1000 == 1:
+                extra = {"session": self._session, "dropped": self._dropped}
+                log.error("facts.dropped", extra=extra)
 
     def sent(self, wa_message_id: str, message_id: str) -> None:
         """Remember which message of the CRM a WhatsApp id belongs to; from any thread."""
-        raise NotImplementedError
+        with self._lock:
+            self._known[wa_message_id] = message_id
+            if len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
 
     def close(self, *, timeout_s: float = 1.0) -> None:
         """Write what waits, at most for `timeout_s`, and end the thread."""
-        raise NotImplementedError
+        self._closed_at = time.monotonic() + timeout_s
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        rest_s = _FIRST_REST_S
+        while not (self._closed_at is not None and self._is_done()):
+            self._todo.extend(self._take())
+            try:
+                self._write_all()
+                rest_s = _FIRST_REST_S
+            except RedisError as error:
+                extra = {"session": self._session, "error": repr(error)}
+                log.warning("facts.redis_lost", extra=extra)
+                time.sleep(rest_s)
+                rest_s = min(rest_s * 2, _LONGEST_REST_S)
+
+    def _is_done(self) -> bool:
+        is_empty = not self._todo and self._waiting.empty()
+        return is_empty or time.monotonic() > (self._closed_at or 0.0)
+
+    def _take(self) -> Iterator[_Item]:
+        """What was offered, one item for each WhatsApp id; waits a little when there is none."""
+        wait_s = _RETRY_S if self._todo else _LOOK_S
+        with contextlib.suppress(queue.Empty):
+            for _ in range(_BATCH):
+                fact = self._waiting.get(timeout=wait_s)
+                wait_s = 0.0
+                expires_at = time.monotonic() + _OVERTAKING_S
+                if isinstance(fact, Inbound):
+                    yield _Item(fact, fact.wa_message_id, expires_at)
+                else:
+                    yield from (_Item(fact, id, expires_at) for id in fact.wa_message_ids)
+
+    def _write_all(self) -> None:
+        """Write what can be written; keep a receipt that overtook its message for a moment."""
+        kept: deque[_Item] = deque()
+        try:
+            while self._todo:
+                if not self._write(self._todo[0]):
+                    kept.append(self._todo[0])
+                self._todo.popleft()
+        finally:
+            self._todo.extendleft(reversed(kept))
+
+    def _write(self, item: _Item) -> bool:
+        fact = item.fact
+        if isinstance(fact, Inbound):
+            self._write_inbound(fact)
+            return True
+        message_id = self._message_id(item.wa_message_id)
+        is_late = time.monotonic() > item.expires_at or self._closed_at is not None
+        if message_id is None and not is_late:
+            return False
+        event = Event(f"message.{fact.kind}")
+        payload = {
+            "message_id": message_id,
+            "wa_message_id": item.wa_message_id,
+            "wa_id": fact.phone or fact.sender.partition("@")[0].partition(":")[0],
+            "chat": fact.chat,
+            "at": fact.at,
+        }
+        id = event_id(self._session, "receipt", item.wa_message_id, fact.sender, event)
+        self._stream.add(event, self._session, payload, id=id)
+        return True
+
+    def _write_inbound(self, fact: Inbound) -> None:
+        payload: dict[str, Any] = {
+            "wa_message_id": fact.wa_message_id,
+            "from": fact.phone or fact.sender.partition("@")[0].partition(":")[0],
+            "chat": fact.chat,
+            "sender": fact.sender,
+            "push_name": fact.push_name,
+            "type": fact.type,
+            "text": fact.text,
+            "at": fact.at,
+        }
+        id = event_id(self._session, "inbound", fact.chat, fact.sender, fact.wa_message_id)
+        self._stream.add(Event.RECEIVED, self._session, payload, id=id)
+
+    def _message_id(self, wa_message_id: str) -> str | None:
+        with self._lock:
+            known = self._known.get(wa_message_id)
+        if known is not None or self._ledger is None:
+            return known
+        try:
+            row = self._ledger.find_by_wa_id(wa_message_id)
+        except StorageError:
+            return None  # the events process brings the receipt to its row when it can
+        return row.message_id if row is not None else None

@@ -46,14 +46,14 @@ class EventStream:
         Args:
             event: Its name.
             session: Session id, or empty for an event of the host.
-            payload: JSON data; no message text, no QR code.
+            payload: JSON data; never a QR code.
             id: From `event_id` when the same happening may be told twice; else random.
 
         Raises:
             redis.RedisError: Not appended, or not known to be (transient: say it again).
         """
-        fields = self.entry(event, session, payload, id=id)
-        self._redis.xadd(EVENTS_STREAM, {**fields}, maxlen=self.events_max, approximate=False)
+        fields: Any = self.entry(event, session, payload, id=id)
+        self._redis.xadd(EVENTS_STREAM, fields, maxlen=self.events_max, approximate=False)
 
     def entry(
         self, event: Event, session: str, payload: Mapping[str, Any], *, id: str | None = None
