@@ -136,7 +136,8 @@ class DeviceProcess:
             on_fact=self._on_fact,
             jid=who.jid,
         )
-        self._writer = FactWriter(self._session, self._stream(redis_client.connect(url)))
+        stream = self._stream(redis_client.connect(url))
+        self._writer = FactWriter(self._session, stream, ledger=ledger)
         self._writer.start()
         self._consumer = self._make_consumer(self._device, ledger, redis_client.connect(url))
         return not self._departure.is_due.is_set()
