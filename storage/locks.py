@@ -107,12 +107,12 @@ def holder(path: Path) -> dict[str, Any] | None:
 def is_locked(path: Path) -> bool:
     """Whether somebody holds the lock at this moment.
 
-    It takes the lock for an instant to find out: who needs a lock that is probed so should wait
-    for it a little (`acquire(1.0)`).
+    It shares the lock for an instant to find out, so that probes do not see each other; who needs
+    a lock that is probed so should wait for it a little (`acquire(1.0)`).
     """
     if not path.exists():
         return False
-    fd = _try(path)
+    fd = _try(path, fcntl.LOCK_SH)
     if fd is None:
         return True
     os.close(fd)
@@ -139,7 +139,7 @@ def check_locking(folder: Path) -> None:
             )
 
 
-def _try(path: Path) -> int | None:
+def _try(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     """Open and lock the file; None while another has it."""
     while True:
         try:
@@ -147,7 +147,7 @@ def _try(path: Path) -> int | None:
         except OSError as error:
             raise _unusable(path, error) from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             return None
