@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from whatsapp_worker import process
+from whatsapp_worker import process, telemetry
 from whatsapp_worker.endings import MAX_WEIGHT, Ending, EndingKind
 from whatsapp_worker.reports import Channel, ChannelGarbage, Exit
 from whatsapp_worker.session import Reason
@@ -32,6 +32,7 @@ def begin(role: str, session: str) -> None:
 
     neonize and Go print on descriptor 1: addresses, and errors with phone numbers in them.
     """
+    telemetry.bind(session=session)
     process.set_name(f"wa:{session}")
     _show(f"whatsapp-worker {role} {session}")
     sink = os.open(os.devnull, os.O_WRONLY)

@@ -154,6 +154,15 @@ class Settings:
         "`text` for people, `json` for one JSON object a line.",
         _choice("text", "json"),
     )
+    log_file_mib: int = _count(
+        "LOG_FILE_MIB",
+        10,
+        "Size at which DATA_DIR/logs/worker.jsonl rotates; 0: no files.",
+        0,
+        10_000,
+        "MiB",
+    )
+    log_files: int = _count("LOG_FILES", 5, "Rotated log files that are kept.", 1, 1000)
     reconnect_waits_s: tuple[float, ...] = _declare(
         "RECONNECT_WAITS_S",
         (3.0, 6.0, 12.0),

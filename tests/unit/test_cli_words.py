@@ -10,7 +10,7 @@ import pytest
 from whatsapp_worker.cli import arguments, main
 
 COMMANDS = ["run", "events", "sandbox", "demo", "link", "status", "start", "stop", "restart"]
-COMMANDS += ["logout", "delete", "send", "messages", "settings"]
+COMMANDS += ["logout", "delete", "send", "messages", "settings", "health", "logs"]
 
 
 def test_help_names_every_command_exit_code_and_the_main_variables(capsys):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from whatsapp_worker.telemetry import EventFormatter, JsonFormatter
+from whatsapp_worker.telemetry import EventFormatter, JsonFormatter, render
 
 
 def record(name="session.connected", **facts):
@@ -27,6 +27,33 @@ def test_a_value_never_breaks_the_line_or_reaches_the_terminal_raw(value):
     line = EventFormatter().format(record(why=value))
     assert "\n" not in line and "\x1b" not in line
     assert json.loads(line.partition("why=")[2]) == value
+
+
+def test_a_line_of_a_file_reads_like_one_on_stderr():
+    made = record(session="sales", why="two words", wait_s=6.0)
+    assert render(json.loads(JsonFormatter().format(made))) == EventFormatter().format(made)
+
+
+def test_many_processes_share_one_file_and_rotate_it(tmp_path):
+    code = (
+        "import logging, sys; from pathlib import Path; from whatsapp_worker import telemetry;"
+        "from whatsapp_worker.settings import Settings;"
+        "telemetry.SharedFileHandler._limit = property(lambda s: 20_000, lambda s, v: None);"
+        "telemetry.set_up(Settings(data_dir=Path(sys.argv[1]), log_files=30));"
+        "telemetry.bind(session=sys.argv[2]);"
+        "[logging.getLogger('x').info('line.written', extra={'n': n}) for n in range(500)]"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path, name], stderr=subprocess.DEVNULL)
+        for name in ("one", "two", "three")
+    ]
+    assert [writer.wait(30) for writer in writers] == [0, 0, 0]
+    files = list((tmp_path / "logs").glob("worker.jsonl*"))
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    expected = {(name, n) for name in ("one", "two", "three") for n in range(500)}
+    assert len(files) > 5 and len(lines) == 1500
+    assert {(line["session"], line["n"]) for line in lines} == expected
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
 
 
 def test_json_lines_carry_the_same_facts():

@@ -215,6 +215,33 @@ def _messages(commands: Any) -> None:
 
 
 def _looking(commands: Any) -> None:
+    health = _command(
+        commands,
+        "health",
+        "health:health",
+        "Say whether this host is well: exit code 0 or 1, for monitors.",
+        examples=["health", "health --sessions"],
+    )
+    health.add_argument(
+        "--sessions",
+        action="store_true",
+        help="also fail when a session needs a person; a restart of the host would not help it",
+    )
+    _json(health, 'print {"healthy":...,"problems":[...]}')
+    logs = _command(
+        commands,
+        "logs",
+        "logs:logs",
+        "Show the log lines of this host, or of one session.",
+        examples=["logs", "logs sales --follow", "logs --errors"],
+    )
+    logs.add_argument("session", metavar="SESSION", nargs="?", help="only this session's")
+    logs.add_argument("--errors", action="store_true", help="only warnings and errors")
+    logs.add_argument("--follow", action="store_true", help="go on with new ones until Ctrl-C")
+    logs.add_argument(
+        "--lines", type=_positive, default=200, metavar="N", help="the last so many (default: 200)"
+    )
+    _json(logs, "one JSON line each, as in the file")
     settings = _command(
         commands,
         "settings",
