@@ -1,71 +1,29 @@
-"""What a CRM may ask to be sent: WhatsApp Cloud API message objects, checked field by field.
+"""What a CRM may ask to be sent: a job's arguments, checked field by field.
 
-A new message type is one more model in `TYPES`.
+`content.py` has the message types.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from whatsapp_worker import recipient
+from whatsapp_worker import content, recipient
+from whatsapp_worker.content import Message
 from whatsapp_worker.errors import InvalidMessage, UsageError
 from whatsapp_worker.keys import session_id
 from whatsapp_worker.recipient import Recipient
 
-MAX_TEXT = 65_536  # characters; WhatsApp's own limit
 MAX_METADATA = 4096  # bytes of JSON, since every event of the message repeats it
 _LATEST = 253_402_300_799.0  # the last second of the year 9999
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextBody(_Strict):
-    """`text` of a text message."""
-
-    body: Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
-    preview_url: bool | None = None
-
-
-class Context(_Strict):
-    """The message that this one answers, by its WhatsApp id."""
-
-    message_id: Annotated[str, Field(min_length=1, max_length=200)]
-
-
-class Message(_Strict):
-    """The fields that every message object may have beside `type` and its object."""
-
-    # Said by Meta's clients; nothing of what is sent depends on them.
-    envelope: ClassVar[frozenset[str]] = frozenset(
-        {"messaging_product", "recipient_type", "to", "biz_opaque_callback_data"}
-    )
-
-    messaging_product: Literal["whatsapp"] | None = None
-    recipient_type: Literal["individual", "group"] | None = None
-    to: str | None = None
-    context: Context | None = None
-    biz_opaque_callback_data: Annotated[str, Field(max_length=512)] | None = None
-
-    def content(self) -> dict[str, Any]:
-        """What is sent, as plain JSON data without envelope and absent fields."""
-        return self.model_dump(exclude_none=True, exclude=set(self.envelope))
-
-
-class TextMessage(Message):
-    """`{"type": "text", "text": {"body": ...}}`."""
-
-    type: Literal["text"]
-    text: TextBody
-
-
-TYPES: dict[str, type[Message]] = {"text": TextMessage}
 
 
 class Options(_Strict):
@@ -126,13 +84,15 @@ def validate(kwargs: Mapping[str, Any], *, session: str | None = None) -> Outgoi
     except ValidationError as error:
         raise _refusal("", error) from None
     _check_metadata(options.metadata)
-    content = message.content()
+    if (missing := content.unknown_author(message, is_group=to.is_group)) is not None:
+        raise InvalidMessage(f"message.{missing}", "is missing: in a group, say who wrote it")
+    sent = message.content()
     return Outgoing(
         session=name,
         recipient=to,
         message_id=options.message_id,
-        content=content,
-        content_hash=_hash(to, content),
+        content=sent,
+        content_hash=_hash(to, sent),
         expires_at=options.expires_at,
         ttl_s=options.ttl_s,
         send_at=options.send_at,
@@ -155,12 +115,10 @@ def _session(given: object, expected: str | None) -> str:
 def _message(given: object) -> Message:
     if not isinstance(given, dict):
         raise InvalidMessage("message", "must be a Cloud API message object")
-    if "type" not in given:
-        raise InvalidMessage("message.type", "is missing")
-    kind = given["type"]
-    model = TYPES.get(kind) if isinstance(kind, str) else None
+    model = content.model_of(given)
     if model is None:
-        raise InvalidMessage("message.type", f"must be one of {', '.join(TYPES)}")
+        problem = f"must be one of {', '.join(content.TYPES)}"
+        raise InvalidMessage("message.type", problem if "type" in given else "is missing")
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -178,7 +136,7 @@ def _problem(error: ErrorDetails) -> str:
         "missing": "is missing",
         "extra_forbidden": "is not a known field",
         "string_too_short": "is empty",
-        "string_pattern_mismatch": "is blank or holds control characters",
+        "string_pattern_mismatch": "is blank, or holds characters that it must not hold",
     }
     return words.get(error["type"], error["msg"])
 

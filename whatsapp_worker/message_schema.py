@@ -6,7 +6,7 @@
 import json
 from typing import Any
 
-from whatsapp_worker import message
+from whatsapp_worker import content, message
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _SESSION = "[a-z0-9][a-z0-9_-]{0,63}"
@@ -19,7 +19,7 @@ _TO = (
 def schema() -> dict[str, Any]:
     """The whole schema; what it accepts the worker accepts, but for `message.to` unlike `to`."""
     definitions: dict[str, Any] = {}
-    messages = [_define(model, definitions) for model in message.TYPES.values()]
+    messages = [_define(model, definitions) for model in content.MODELS]
     options = message.Options.model_json_schema()
     definitions.update(options.pop("$defs", {}))
     return {
@@ -38,7 +38,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _define(model: type[message.Message], definitions: dict[str, Any]) -> dict[str, str]:
+def _define(model: type[content.Message], definitions: dict[str, Any]) -> dict[str, str]:
     """Add a message type and what it refers to; the reference to it."""
     found = model.model_json_schema()
     definitions.update(found.pop("$defs", {}))
