@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sentry_sdk.utils import BadDsn
 
 from storage.documents import Document
 from storage.errors import StorageError
-from whatsapp_worker.alert_policy import Alert, Memory, scrub
+from whatsapp_worker.alert_policy import Alert, Memory, purge_failed, scrub
 from whatsapp_worker.errors import SettingsError
 
 log = logging.getLogger(__name__)
@@ -184,23 +184,48 @@ class Alerts:
             log.warning("alerts.memory_not_saved", extra={"problem": str(error)})
 
 
-def maintenance_sentry(dsn: str | None, *, host: str, release: str) -> None:
+@contextlib.contextmanager
+def maintenance_sentry(
+    dsn: str | None, *, host: str, release: str, repeat_s: float
+) -> Iterator[None]:
     """Report failed jobs of this process, the maintenance worker, by RQ's integration.
 
-    Call it once, at process entry, before the worker is made. Nowhere else: it would report every
-    message that failed. Nothing happens without a DSN.
+    Once, at process entry, before the worker is made, and nowhere else: it would report every
+    message that failed. At the end what waits is sent, for FLUSH_S at most. Nothing happens
+    without a DSN.
+
+    Args:
+        repeat_s: ALERT_REPEAT_S; a purge that fails again sooner is not told again.
+
+    Raises:
+        SettingsError: SENTRY_DSN is no DSN.
     """
     if not dsn:
+        yield
         return
     from sentry_sdk.integrations.rq import RqIntegration
 
-    sentry_sdk.init(
-        dsn,
-        **_options(host, release),
-        integrations=[_quiet_logging(), RqIntegration()],
-        before_send=_before_maintenance_send,
-    )
-    sentry_sdk.get_global_scope().set_tags({"host": host, "event": "purge.failed"})
+    memory = Memory(repeat_s=repeat_s)
+
+    def before_send(event: Event, hint: Hint) -> Event | None:
+        alert = purge_failed(problem="")
+        if memory.judge(alert, time.time()) is None:
+            return None
+        event["tags"] = {"event": alert.event, "host": host}
+        event["fingerprint"] = [alert.key, host]
+        return _scrub_job(event, hint)
+
+    with _dsn_named():
+        sentry_sdk.init(
+            dsn,
+            **_options(host, release),
+            integrations=[_quiet_logging(), RqIntegration()],
+            before_send=before_send,
+        )
+    try:
+        yield
+    finally:
+        sentry_sdk.get_client().close(timeout=FLUSH_S)
 
 
 class _Transport(HttpTransport):
@@ -220,7 +245,7 @@ def _client(dsn: str, *, host: str, release: str) -> "sentry_sdk.Client":
     """A client of our own: nothing in this process is captured but what we hand to it."""
     # It warns of each of its retries; ours say it in one line.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    try:
+    with _dsn_named():
         return sentry_sdk.Client(
             dsn,
             **_options(host, release),
@@ -228,6 +253,12 @@ def _client(dsn: str, *, host: str, release: str) -> "sentry_sdk.Client":
             transport=_Transport,
             before_send=_before_send,
         )
+
+
+@contextlib.contextmanager
+def _dsn_named() -> Iterator[None]:
+    try:
+        yield
     except BadDsn as error:
         raise SettingsError([f"SENTRY_DSN is no DSN: {error}"]) from error
 
@@ -278,7 +309,7 @@ def _before_send(event: Event, hint: Hint) -> Event:
     return event
 
 
-def _before_maintenance_send(event: Event, hint: Hint) -> Event:
+def _scrub_job(event: Event, hint: Hint) -> Event:
     job = event.get("extra", {}).get("rq-job")
     if isinstance(job, dict):
         job.pop("description", None)  # RQ's default repeats the arguments

@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
 
 from jobs import purge as purge_job
-from whatsapp_worker import redis_client, redis_server
+from whatsapp_worker import __version__, redis_client, redis_server
 from whatsapp_worker.errors import AlreadyRunning, RedisUnavailable, UsageError
 from whatsapp_worker.keys import PURGE_SESSIONS, maintenance_queue
 from whatsapp_worker.purge import Purge, Report
@@ -40,14 +40,23 @@ _ALLOWED: dict[str, Callable[..., Any]] = {PURGE_SESSIONS: purge_job.purge_sessi
 
 def run(settings: Settings) -> int:
     """Run this host's periodic jobs until SIGTERM or SIGINT; call on the main thread."""
+    from whatsapp_worker.alerts import maintenance_sentry  # not for those who only purge
+
     stop = threading.Event()
 
     def asked(number: int, frame: FrameType | None) -> None:
         stop.set()
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    sentry = maintenance_sentry(
+        settings.sentry_dsn,
+        host=settings.host,
+        release=__version__,
+        repeat_s=settings.alert_repeat_s,
+    )
     try:
-        Maintenance(settings, stop=stop).run()
+        with sentry:
+            Maintenance(settings, stop=stop).run()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

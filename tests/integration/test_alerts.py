@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-import json
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +10,9 @@ import time
 
 import pytest
 from ingest import Ingest
+from rq import Queue
+from rq.serializers import JSONSerializer
+from support import eventually
 
 from whatsapp_worker import alert_policy
 from whatsapp_worker.alert_policy import breaker_closed, breaker_opened, session_changed
@@ -236,33 +239,48 @@ def test_a_dsn_that_is_none_is_a_problem_of_the_settings(make):
 
 
 MAINTENANCE = """
-import logging, sys
-from redis import Redis
-from rq import Queue, SimpleWorker
-from rq.serializers import JSONSerializer
-from whatsapp_worker.alerts import maintenance_sentry
-import math
-
-maintenance_sentry(sys.argv[1], host="host-1", release="0.1")
-redis = Redis.from_url(sys.argv[2])
-queue = Queue("wa:maintenance:host-1", connection=redis, serializer=JSONSerializer)
-queue.enqueue("math.sqrt", "5511999990001 secret")
-logging.getLogger().error("secret line")
-SimpleWorker([queue], connection=redis, serializer=JSONSerializer).work(burst=True)
-import sentry_sdk
-sentry_sdk.flush(2)
+import os, sys
+from whatsapp_worker import maintenance, telemetry
+from whatsapp_worker.settings import Settings
+settings = Settings.read(os.environ)
+telemetry.set_up(settings)
+sys.exit(maintenance.run(settings))
 """
 
 
-def test_a_failed_maintenance_job_arrives_without_its_arguments(ingest, redis, shared_redis_server):
-    done = subprocess.run(
-        [sys.executable, "-c", MAINTENANCE, ingest.dsn, shared_redis_server.url],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    [event] = ingest.await_events(1)
+@pytest.fixture
+def maintenance(ingest, redis, shared_redis_server, tmp_path):
+    """The real maintenance process of a host whose data folder is broken."""
+    (tmp_path / "data").write_text("not a folder")
+    environ = {
+        "DATA_DIR": str(tmp_path / "data"),
+        "REDIS_URL": shared_redis_server.url,
+        "SENTRY_DSN": ingest.dsn,
+        "WORKER_HOST": "host-1",
+    }
+    command = [sys.executable, "-c", MAINTENANCE]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, **environ}, stdout=log, stderr=log)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def enqueue_purge(redis, argument):
+    queue = Queue("wa:maintenance:host-1", connection=redis, serializer=JSONSerializer)
+    return queue.enqueue("jobs.purge.purge_sessions", argument)
+
+
+def test_a_failed_purge_arrives_once_and_without_its_arguments(ingest, redis, maintenance):
+    number = "5511999990001"
+    jobs = [enqueue_purge(redis, f"{number} secret") for _ in range(2)]
+    [event] = ingest.await_events(1, within_s=30)
     assert event["tags"] == {"event": "purge.failed", "host": "host-1"}
-    assert event["extra"]["rq-job"]["func"] == "math.sqrt"
-    assert "secret" not in json.dumps(event) and "5511999990001" not in json.dumps(event)
+    assert event["level"] == "error" and event["fingerprint"] == ["purge.failed", "host-1"]
+    assert event["extra"]["rq-job"]["func"] == "jobs.purge.purge_sessions"
+    eventually(lambda: all(job.get_status(refresh=True) == "failed" for job in jobs))
+    maintenance.terminate()
+    assert maintenance.wait(10) == 0
+    assert len(ingest.events) == 1
+    for body in ingest.raw:
+        assert b"secret" not in body and number.encode() not in body
