@@ -64,10 +64,20 @@ class Document:
         self._upgrade = upgrade
         self._check = check
         self._mode = mode
-        self._backup = path.with_name(path.name + ".bak")
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._backup_temporary = path.with_name(path.name + ".bak.tmp")
-        self._lock_path = path.with_name(path.name + ".lock")
+
+    # Made when needed: most documents are only ever read, and reading needs none of these.
+
+    @property
+    def _backup(self) -> Path:
+        return self.path.with_name(self.path.name + ".bak")
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(self.path.name + ".tmp")
+
+    @property
+    def _backup_temporary(self) -> Path:
+        return self.path.with_name(self.path.name + ".bak.tmp")
 
     def read(self) -> Fields | None:
         """The document; None when it was never written or was removed.
@@ -160,7 +170,7 @@ class Document:
 
     @contextlib.contextmanager
     def _locked(self, timeout_s: float) -> Iterator[None]:
-        lock = FileLock(self._lock_path, signed=False)
+        lock = FileLock(self.path.with_name(self.path.name + ".lock"), signed=False)
         try:
             lock.acquire(timeout_s)
         except LockUnusable as error:

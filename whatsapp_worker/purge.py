@@ -331,7 +331,7 @@ class Purge:
             if not is_due or self._is_dry:
                 return memory
             memory = {"began_at": now}
-        seen = memory.get("resume_after")
+        seen = memory.get("resume_after") or ""
         for session in _rotated(self._sessions.ids(), seen):
             if self._is_late():
                 return {**memory, "resume_after": seen}
