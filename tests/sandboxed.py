@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ class Sandbox:
     def is_online(self, phone: str) -> bool:
         """Whether a device of that number is connected."""
         return any(device["online"] for device in self.control.devices(phone))
+
+    @contextlib.contextmanager
+    def comes_back(self, phone: str) -> Iterator[None]:
+        """Wait, at the end, until a device of that number has logged in once more."""
+        (before,) = (device["logins"] for device in self.control.devices(phone))
+        yield
+        eventually(
+            lambda: [d["online"] and d["logins"] > before for d in self.control.devices(phone)]
+            == [True],
+            what="the client is back",
+        )
 
     def arrived(self, message_id: str) -> dict[str, Any]:
         """The row of a message, once its contact has read it."""

@@ -122,16 +122,16 @@ def test_a_removed_device_is_logged_out_for_good(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_a_dropped_client_comes_back(sandbox: Sandbox, client: RawClient, how: Any) -> None:
-    assert sandbox.control.drop(PHONE, how) == 1
-    client.expect("connected")
+    with sandbox.comes_back(PHONE):
+        assert sandbox.control.drop(PHONE, how) == 1
     (attempt,) = sandbox.control.connections(PHONE)
     assert (attempt["reached"], attempt["ended"]) == ("connected", None)
 
 
 def test_refused_dials_are_counted(sandbox: Sandbox, client: RawClient) -> None:
     sandbox.control.refuse(count=2)
-    sandbox.control.drop(PHONE)
-    client.expect("connected")
+    with sandbox.comes_back(PHONE):
+        sandbox.control.drop(PHONE)
     ends = [attempt["ended"] for attempt in sandbox.control.connections()]
     assert ends == ["refused", "refused", None]
 
@@ -156,8 +156,8 @@ def test_silence_ends_by_itself(sandbox: Sandbox, client: RawClient) -> None:
 
 
 def test_after_a_stream_error_503_a_client_comes_back(sandbox: Sandbox, client: RawClient) -> None:
-    sandbox.control.stream_error(PHONE, "503")
-    client.expect("connected")
+    with sandbox.comes_back(PHONE):
+        sandbox.control.stream_error(PHONE, "503")
 
 
 def test_a_replaced_client_stays_away(sandbox: Sandbox) -> None:
@@ -187,8 +187,8 @@ def test_a_second_login_replaces_the_first(sandbox: Sandbox) -> None:
 
 def test_failures_answer_logins(sandbox: Sandbox, client: RawClient) -> None:
     sandbox.control.connect_failure(503, PHONE, count=2)
-    sandbox.control.drop(PHONE)
-    client.expect("connected")
+    with sandbox.comes_back(PHONE):
+        sandbox.control.drop(PHONE)
     ends = [attempt["ended"] for attempt in sandbox.control.connections(PHONE)]
     assert ends == ["failure 503", "failure 503", None]
 
@@ -346,12 +346,12 @@ def test_a_restart_keeps_ports_keys_devices_and_what_waits(
     away.close()
     eventually(lambda: not sandbox.is_online("5511900000888"), what="the client is gone")
     client.send("5511900000888", text("for later"))
-    sandbox.stop()
-    sandbox.start()
+    with sandbox.comes_back(PHONE):
+        sandbox.stop()
+        sandbox.start()
     assert {**sandbox.endpoints, "pid": 0} == {**before, "pid": 0}
     away = sandbox.client("away")
     away.expect("message", text="for later")
-    client.expect("connected")
     client.send(ANA, text("after the restart"))
     assert sandbox.control.messages(to=ANA)[0]["text"] == "after the restart"
     away.close()

@@ -30,6 +30,7 @@ CHAT_HOST = "web.whatsapp.com"
 HANDSHAKE_LIMIT_S = 30.0
 MAX_HELD_STANZAS = 20_000
 MAX_FRAME_BYTES = 1 << 24
+MAX_UNREAD_BYTES = 64 << 20  # a client that takes nothing any more is dropped
 _LINGER_0 = struct.pack("ii", 1, 0)  # close() then sends a reset
 
 
@@ -116,6 +117,9 @@ class Connection(asyncio.Protocol):
         if self._is_stalled:
             if len(self._held) < MAX_HELD_STANZAS:
                 self._held.append(node)
+            return
+        if self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self._abort("reads nothing")
             return
         ciphertext = self._writer.encrypt(self._codec.encode(node))
         self._write_frame(ciphertext)

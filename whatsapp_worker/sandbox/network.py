@@ -33,6 +33,7 @@ from whatsapp_worker.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
+FAREWELL_S = 0.25
 FIRST_PHONE = 5511900000001  # numbers made up for scans that name none
 
 _wa6 = protobufs.load("waWa6.WAWebProtobufsWa6_pb2")
@@ -108,12 +109,12 @@ class Network:
         failure = self.faults.failure(phone, now)
         if failure is not None:
             link.send(failure.node())
-            link.close(f"failure {failure.reason}")
+            self.farewell(link, f"failure {failure.reason}")
             return None
         device = self.devices.get(phone, {}).get(number)
         if device is None or device.noise_key != noise_key:
             link.send(Node("failure", {"reason": "401", "location": "sandbox"}))
-            link.close("failure 401")
+            self.farewell(link, "failure 401")
             return None
         return self._connected(link, device)
 
@@ -168,6 +169,13 @@ class Network:
             else:
                 link.close("closed")
         return len(links)
+
+    def farewell(self, link: Link, why: str) -> None:
+        """Close a connection a moment after its last word was sent."""
+        # whatsmeow reads the close while it still handles the word, and then dials again, even
+        # when the word was that it shall not.
+        link.attempt.end(why)
+        self.later(FAREWELL_S, lambda: link.close(why))
 
     # Addresses
 
@@ -261,5 +269,5 @@ class Network:
             raise UnknownTarget(f"{device.phone} is not connected")
         children = [Node("conflict", {"type": conflict})] if conflict else None
         link.send(Node("stream:error", {"code": code}, children))
-        link.close(f"stream error {conflict or code}")
+        self.farewell(link, f"stream error {conflict or code}")
         self.disconnected(device, link)

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 QR_CODES = 6
 LINK_CODE_LENGTH = 8
-CLOSE_AFTER_S = 0.5  # a client that was told to reconnect closes by itself, usually
 _ACCOUNT_SIGNATURE = b"\x06\x00"
 
 _adv = protobufs.load("waAdv.WAAdv_pb2")
@@ -241,8 +240,7 @@ class PairingSession:
             self._settle("paired")
             log.info("sandbox.device_linked", extra={"device": device.number})
             self.link.send(Node("stream:error", {"code": "515"}))
-            self.link.attempt.end("stream error 515")
-            self._network.later(CLOSE_AFTER_S, lambda: self.link.close("stream error 515"))
+            self._network.farewell(self.link, "stream error 515")
         else:
             error = node.child("error")
             self._settle(f"refused: {error.text('text') if error else kind}")

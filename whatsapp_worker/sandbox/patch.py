@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from whatsapp_worker.errors import SandboxUnsafe
+from whatsapp_worker.sandbox.endpoints import read_endpoints
 from whatsapp_worker.sandbox.library import Library, LibraryUnreadable, find_library
 
 WHATSAPP_ROOT = bytes.fromhex("142375574d0a587166aae71ebe516437c4a28b73e3695c6ce1f7f9545da8ee6b")
@@ -78,17 +79,18 @@ def _check(environ: Mapping[str, str]) -> None:
             raise SandboxUnsafe(f"{name} is set to another proxy: unset it")
         if name.upper() == "NO_PROXY" and _exempts_whatsapp(value):
             raise SandboxUnsafe(f"{name} lets WhatsApp's hosts bypass the proxy: unset it")
+    folder = _state_dir(environ)
+    endpoints = read_endpoints(folder)
+    proxy = endpoints.proxy_url if endpoints else None
     for name in ("HTTPS_PROXY", "https_proxy"):
         if name.islower() and name not in environ:
             continue
-        if not _is_loopback(environ.get(name, "")):
+        value = environ.get(name, "")
+        if not _is_loopback(value) or value.rstrip("/") != proxy:
             raise SandboxUnsafe(
-                f"{name} is not the sandbox's proxy: set it to the http://127.0.0.1:PORT that"
+                f"{name} is not the proxy of the sandbox in {folder}: set it to what"
                 " `whatsapp-worker sandbox --env` prints"
             )
-    if environ.get("https_proxy", environ["HTTPS_PROXY"]) != environ["HTTPS_PROXY"]:
-        raise SandboxUnsafe("https_proxy and HTTPS_PROXY differ: unset the one in lower case")
-    _check_ca(environ.get("SSL_CERT_FILE", ""))
 
 
 def _exempts_whatsapp(no_proxy: str) -> bool:
@@ -102,15 +104,17 @@ def _exempts_whatsapp(no_proxy: str) -> bool:
     return False
 
 
-def _check_ca(value: str) -> None:
-    path = Path(value)
-    if not value or not path.is_file() or not (path.parent / ROOT_FILE).is_file():
+def _state_dir(environ: Mapping[str, str]) -> Path:
+    """The state folder of the sandbox whose CA is trusted."""
+    path = Path(environ.get("SSL_CERT_FILE", ""))
+    if not path.is_file() or not (path.parent / ROOT_FILE).is_file():
         raise SandboxUnsafe(
             "SSL_CERT_FILE is not the ca.pem of a sandbox's state folder:"
             " set it to what `whatsapp-worker sandbox --env` prints"
         )
     if path.parent.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise SandboxUnsafe(f"{path.parent} can be written by others: chmod 700 it")
+    return path.parent
 
 
 def _is_loopback(url: str) -> bool:

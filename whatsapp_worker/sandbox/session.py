@@ -53,4 +53,4 @@ class DeviceSession:
             self._link.send(Node("ib", {"from": SERVER}, [offline]))
         if node.text("xmlns") == "md" and node.child("remove-companion-device") is not None:
             self._network.remove_device(self._device)
-            self._link.close("logged out")
+            self._network.farewell(self._link, "logged out")

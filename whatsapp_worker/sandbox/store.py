@@ -17,6 +17,9 @@ from whatsapp_worker.sandbox.groups import Group
 from whatsapp_worker.sandbox.model import Device, PreKey
 from whatsapp_worker.sandbox.tokens import Tokens
 
+MAX_WAITING = 20_000  # stanzas for one device
+TRIM_EVERY = 500  # stanzas stored between two looks at that limit
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS accounts (phone TEXT PRIMARY KEY, last_device INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (
@@ -137,13 +140,23 @@ class Store:
         )
 
     def add_waiting(self, device: Device, stanzas: Iterable[Node]) -> None:
-        """Keep stanzas for a device that is offline."""
+        """Keep stanzas for a device that is offline; the oldest go when there are too many."""
         self._db.execute("BEGIN")
-        self._db.executemany(
-            "INSERT INTO waiting (phone, number, stanza) VALUES (?, ?, ?)",
-            [(*device.key, self._codec.encode(stanza)) for stanza in stanzas],
-        )
+        for stanza in stanzas:
+            row = self._db.execute(
+                "INSERT INTO waiting (phone, number, stanza) VALUES (?, ?, ?)",
+                (*device.key, self._codec.encode(stanza)),
+            ).lastrowid
+            if row is not None and row % TRIM_EVERY == 0:
+                self._trim_waiting(device)
         self._db.execute("COMMIT")
+
+    def _trim_waiting(self, device: Device) -> None:
+        self._db.execute(
+            "DELETE FROM waiting WHERE phone = ? AND number = ? AND seq <= (SELECT seq FROM waiting"
+            " WHERE phone = ? AND number = ? ORDER BY seq DESC LIMIT 1 OFFSET ?)",
+            (*device.key, *device.key, MAX_WAITING),
+        )
 
     def count_waiting(self, device: Device) -> int:
         """How many stanzas are kept for a device."""
