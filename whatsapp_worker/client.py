@@ -54,6 +54,8 @@ class Options(TypedDict, total=False):
         on_unknown: `resend` sends again what may have arrived, at most twice.
         metadata: JSON, at most 4096 bytes; repeated in every event of the message.
         reply_to: WhatsApp id of the message that this one answers.
+        reply_from: Who wrote that message, a number or JID; needed in groups.
+        reply_text: What the quotation shows.
     """
 
     message_id: str
@@ -64,6 +66,8 @@ class Options(TypedDict, total=False):
     on_unknown: Literal["keep", "resend"]
     metadata: Fields
     reply_to: str
+    reply_from: str
+    reply_text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,22 @@ class Draft:
 def _draft(to: str, kind: str, content: Any, options: Options) -> Draft:
     given: Fields = dict(options)
     message = {"type": kind, kind: content}
-    if (reply_to := given.pop("reply_to", None)) is not None:
-        message["context"] = {"message_id": reply_to}
+    context = {key: given.pop(name) for name, key in _CONTEXT.items() if name in given}
+    if context:
+        message["context"] = context
     return Draft(to, message, given)
+
+
+_CONTEXT = {"reply_to": "message_id", "reply_from": "from", "reply_text": "text"}
 
 
 def _given(**fields: Any) -> Fields:
     """Those that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _list(items: Sequence[str] | None) -> list[str] | None:
+    return None if items is None else list(items)
 
 
 def text(
@@ -102,8 +114,7 @@ def text(
     **options: Unpack[Options],
 ) -> Draft:
     """A text. `mentions` are numbers or JIDs whose `@number` stands in the body."""
-    mentioned = None if mentions is None else list(mentions)
-    content = _given(body=body, preview_url=preview_url, mentions=mentioned)
+    content = _given(body=body, preview_url=preview_url, mentions=_list(mentions))
     return _draft(to, "text", content, options)
 
 
@@ -113,10 +124,12 @@ def image(
     link: str | None = None,
     file: str | None = None,
     caption: str | None = None,
+    mentions: Sequence[str] | None = None,
     **options: Unpack[Options],
 ) -> Draft:
     """A picture, by URL or by a path inside the worker's media folder; so all media below."""
-    return _draft(to, "image", _given(link=link, file=file, caption=caption), options)
+    content = _given(link=link, file=file, caption=caption, mentions=_list(mentions))
+    return _draft(to, "image", content, options)
 
 
 def video(
@@ -125,10 +138,12 @@ def video(
     link: str | None = None,
     file: str | None = None,
     caption: str | None = None,
+    mentions: Sequence[str] | None = None,
     **options: Unpack[Options],
 ) -> Draft:
     """A video."""
-    return _draft(to, "video", _given(link=link, file=file, caption=caption), options)
+    content = _given(link=link, file=file, caption=caption, mentions=_list(mentions))
+    return _draft(to, "video", content, options)
 
 
 def audio(
@@ -152,10 +167,13 @@ def document(
     file: str | None = None,
     filename: str | None = None,
     caption: str | None = None,
+    mentions: Sequence[str] | None = None,
     **options: Unpack[Options],
 ) -> Draft:
     """Any file; `filename` is what the recipient sees."""
-    content = _given(link=link, file=file, filename=filename, caption=caption)
+    content = _given(
+        link=link, file=file, filename=filename, caption=caption, mentions=_list(mentions)
+    )
     return _draft(to, "document", content, options)
 
 
@@ -191,9 +209,18 @@ def contact(to: str, *, name: str, phone: str, **options: Unpack[Options]) -> Dr
     return contacts(to, [card], **options)
 
 
-def reaction(to: str, *, message_id_of: str, emoji: str, **options: Unpack[Options]) -> Draft:
-    """A reaction to the message with this WhatsApp id; an empty emoji takes it back."""
-    return _draft(to, "reaction", {"message_id": message_id_of, "emoji": emoji}, options)
+def reaction(
+    to: str, *, target: str, emoji: str, author: str | None = None, **options: Unpack[Options]
+) -> Draft:
+    """A reaction to the message with the WhatsApp id `target`; an empty emoji takes it back.
+
+    `author` is who wrote that message, a number or JID; it is needed in groups.
+    """
+    return _draft(to, "reaction", {**_about(target, author), "emoji": emoji}, options)
+
+
+def _about(target: str, author: str | None) -> Fields:
+    return _given(message_id=target, **{"from": author})
 
 
 def poll(
@@ -209,19 +236,29 @@ def poll(
     return _draft(to, "poll", content, options)
 
 
-def edit(to: str, *, message_id_of: str, body: str, **options: Unpack[Options]) -> Draft:
-    """New text for a message of ours, by its WhatsApp id."""
-    return _draft(to, "edit", {"message_id": message_id_of, "text": {"body": body}}, options)
+def edit(
+    to: str,
+    *,
+    target: str,
+    body: str,
+    mentions: Sequence[str] | None = None,
+    **options: Unpack[Options],
+) -> Draft:
+    """New text for a text of ours, by its WhatsApp id."""
+    content = {"message_id": target, "text": _given(body=body, mentions=_list(mentions))}
+    return _draft(to, "edit", content, options)
 
 
-def revoke(to: str, *, message_id_of: str, **options: Unpack[Options]) -> Draft:
-    """Take back a message of ours, by its WhatsApp id."""
-    return _draft(to, "revoke", {"message_id": message_id_of}, options)
+def revoke(to: str, *, target: str, author: str | None = None, **options: Unpack[Options]) -> Draft:
+    """Delete a message for everyone: ours, or that of `author` in a group that we administer."""
+    return _draft(to, "revoke", _about(target, author), options)
 
 
-def mark_read(to: str, *, message_id_of: str, **options: Unpack[Options]) -> Draft:
-    """Tell the sender of a received message that it was read."""
-    return _draft(to, "read", {"message_id": message_id_of}, options)
+def mark_read(
+    to: str, *, target: str, author: str | None = None, **options: Unpack[Options]
+) -> Draft:
+    """Tell the sender of a received message that it was read; `author` is needed in groups."""
+    return _draft(to, "read", _about(target, author), options)
 
 
 @dataclass(frozen=True, slots=True)
