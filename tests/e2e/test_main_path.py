@@ -1,5 +1,6 @@
 """The main job from end to end: link, enqueue as a CRM does, deliver, learn what became of it."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -78,7 +79,7 @@ def test_a_wrong_hmac_ends_the_link_with_a_reason_and_no_process(world: World):
 
 
 def test_an_expired_qr_ends_the_link_with_a_reason_and_no_process(tmp_path):
-    world = World(tmp_path, LINK_ATTEMPT_S="6")
+    world = World(tmp_path, LINK_ATTEMPT_S="15")
     try:
         world.start()
         with world.linking("sales") as lines:
@@ -138,6 +139,13 @@ def test_bad_input_fails_at_once_and_names_the_field(world: World):
     assert world.arrived(to=CONTACT) == []
 
 
+def _lives(process: psutil.Process) -> bool:
+    """A zombie has ended; whoever adopted it has not looked yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def test_sigterm_drains_the_supervisor_within_ten_seconds(world: World):
     world.link("sales")
     jobs = [world.enqueue("sales", CONTACT, f"{n}", f"m{n}") for n in range(500)]
@@ -146,7 +154,7 @@ def test_sigterm_drains_the_supervisor_within_ten_seconds(world: World):
     children = psutil.Process(world.supervisor.pid).children(recursive=True)
     world.supervisor.send_signal(signal.SIGTERM)
     assert world.supervisor.wait(10) == 0
-    assert not [child for child in children if child.is_running()]
+    assert not [child for child in children if _lives(child)]
     limbo = world.limbo("sales")
     assert limbo["queue"] > 0 and limbo["intermediate"] == limbo["started"] == 0
     world.start_supervisor()
