@@ -16,7 +16,7 @@ from whatsapp_worker import process
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0  # a process that notices by itself needs a second
-_OURS = ("whatsapp-worker device ", "whatsapp-worker pairing ", "whatsapp_worker.fork_helper")
+_OURS = ("whatsapp-worker device ", "whatsapp-worker link ", "whatsapp_worker.fork_helper")
 
 
 class Leftovers:

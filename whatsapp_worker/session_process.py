@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from whatsapp_worker.reports import Channel, ChannelGarbage
 from whatsapp_worker.session import Reason
 
 GRACE_S = 2.0  # from SIGTERM to SIGKILL
+UNREAPED_S = 1.0  # what the fork helper gets to tell of a death
 UNKNOWN_EXIT = 1  # of a process whose exit status nobody could read
 
 # What a process says of these is true whatever else was asked of it meanwhile.
@@ -33,6 +35,7 @@ class SessionProcess:
     pid: int | None = None
     request: str | None = None  # the link request that a pairing process serves
     is_canary: bool = False
+    was_forced: bool = False  # it was asked to drain and had to be killed
     is_orphan: bool = False  # its fork helper is gone; the supervisor reaps it
     heard_at: float = 0.0
     connecting_at: float | None = None
@@ -86,6 +89,12 @@ class SessionProcess:
                 self.said = Ending.from_report(report.get("ending") or {})
                 self.ended_at = now
 
+    def has_vanished(self, now: float) -> bool:
+        """Whether it is dead and nobody says so: its parent does not reap."""
+        if self.closed_at is None or now - self.closed_at < UNREAPED_S or self._pidfd is None:
+            return False
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
     @property
     def is_unanswered(self) -> bool:
         """Whether the fork helper has not said yet that it forked it."""
@@ -138,6 +147,7 @@ class SessionProcess:
             self._signal(signal.SIGTERM)
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = now + GRACE_S  # again, should it be in an unkillable sleep
+            self.was_forced = True
             self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:

