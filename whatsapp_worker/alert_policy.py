@@ -177,7 +177,7 @@ def purge_failed(*, problem: str) -> Alert:
     """A purge did not finish; the next one tries again what is left."""
     return Alert(
         event="purge.failed",
-        level="warning",
+        level="error",
         text="The purge failed; the next one tries again.",
         key="purge.failed",
         context={"problem": problem},
