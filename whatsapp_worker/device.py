@@ -10,14 +10,18 @@ until the first event came through, `is_connected` does not ask.
 
 import contextlib
 import ctypes
+import importlib
+import importlib.util
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from whatsapp_worker import facts
@@ -53,6 +57,36 @@ _INBOUND_TYPES = {
     "contactsArrayMessage": "contacts",
     "reactionMessage": "reaction",
 }
+
+
+# neonize's generated protobuf modules, its largest part beside the Go library; see `preload`.
+_PROTOBUFS = (
+    "Neonize_pb2",
+    "waConsumerApplication.WAConsumerApplication_pb2",
+    "waMsgApplication.WAMsgApplication_pb2",
+    "waCompanionReg.WAWebProtobufsCompanionReg_pb2",
+)
+_preloaded: dict[str, ModuleType] = {}
+
+
+def preload() -> None:
+    """Load neonize's protobuf classes and nothing else of it, for the fork helper.
+
+    neonize's modules import each other as top-level packages from its folder `proto`, and so do
+    we. A child finds them under neonize's own names, too, instead of building them again.
+    """
+    spec = importlib.util.find_spec("neonize")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    folder = str(Path(spec.submodule_search_locations[0]) / "proto")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    for name in _PROTOBUFS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for name, module in tuple(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            _preloaded[f"neonize.proto.{name}"] = module
 
 
 class SendFailed(SendError):
@@ -111,6 +145,7 @@ class Device:
             from whatsapp_worker.sandbox import patch
 
             patch.check_environment(os.environ)
+        sys.modules.update(_preloaded)
         import neonize.client as library
 
         if self._network == "sandbox":

@@ -28,7 +28,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from whatsapp_worker import process, telemetry
+from whatsapp_worker import process, telemetry, warmup
 from whatsapp_worker.reports import Channel, Exit
 from whatsapp_worker.settings import Settings
 
@@ -180,6 +180,7 @@ def preload() -> None:
             importlib.import_module(name)
         except ImportError as error:
             log.debug("fork_helper.not_preloaded", extra={"module": name, "problem": str(error)})
+    warmup.warm_up()
     if "neonize" in sys.modules:
         raise RuntimeError("the fork helper has loaded neonize: its children would hang")
     if threading.active_count() != 1:
