@@ -185,6 +185,7 @@ def test_link_works_while_the_supervisor_is_still_starting(tmp_path: Path):
 
 @pytest.mark.parametrize("words", [("run",), ("sandbox", "--state-dir", "sandbox")])
 def test_a_second_one_on_the_same_folder_is_refused(world: World, words: tuple[str, ...]):
+    eventually(lambda: world.status()["supervisor"]["alive"])
     done = world.run(*words)
     assert done.returncode in (1, 5), done.stderr
     assert "already" in done.stderr and "Traceback" not in done.stderr

@@ -149,6 +149,8 @@ class Attempt:
                 f"there are {settings.max_sessions} sessions already: delete one, or raise"
                 " MAX_SESSIONS"
             )
+        self._host.sessions.prepare()
+        self._host.sessions.install_key()  # made before the first session, it is not missed later
         self._host.sessions.create(
             self._session, network=settings.network, now=time.time(), why="link"
         )

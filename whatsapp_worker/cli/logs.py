@@ -32,7 +32,8 @@ def logs(options: Options, settings: Settings) -> int:
     position = 0
     for file in files:
         position = 0
-        for facts, position in _read(file, 0):
+        for facts, end in _read(file, 0):
+            position = end
             if matches(facts):
                 last.append(facts)
     for facts in last:
