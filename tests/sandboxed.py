@@ -12,7 +12,7 @@ from typing import Any
 from raw_client import RawClient
 from world import eventually
 
-from whatsapp_worker.sandbox.control import Control
+from whatsapp_worker.sandbox.control import Control, Message
 
 SERVE = (
     "import pathlib, sys; from whatsapp_worker.sandbox.server import serve;"
@@ -46,6 +46,11 @@ class Sandbox:
         """Ask it to end."""
         self._process.terminate()
         assert self._process.wait(10) == 0
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         """End everything."""
@@ -92,19 +97,22 @@ class Sandbox:
         (before,) = (device["logins"] for device in self.control.devices(phone))
         yield
         eventually(
-            lambda: [d["online"] and d["logins"] > before for d in self.control.devices(phone)]
-            == [True],
+            lambda: (
+                [d["online"] and d["logins"] > before for d in self.control.devices(phone)]
+                == [True]
+            ),
             what="the client is back",
         )
 
-    def arrived(self, message_id: str) -> dict[str, Any]:
+    def arrived(self, message_id: str) -> Message:
         """The row of a message, once its contact has read it."""
 
-        def row() -> dict[str, Any] | None:
+        def row() -> Message | None:
             rows = self.control.messages(id=message_id)
-            return dict(rows[0]) if rows and rows[0]["type"] else None
+            return rows[0] if rows and rows[0]["type"] else None
 
-        return dict(eventually(row, what="the message arrives"))
+        found: Message = eventually(row, what="the message arrives")
+        return found
 
     def _answers(self) -> bool:
         with contextlib.suppress(Exception):

@@ -2,96 +2,20 @@
 
 import base64
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from raw_client import RawClient
+from sandboxed import Sandbox
 from world import eventually
 
 from whatsapp_worker.sandbox import protobufs
-from whatsapp_worker.sandbox.control import Control, ControlError, Message
+from whatsapp_worker.sandbox.control import ControlError
 
 E2E = protobufs.load("waE2E.WAWebProtobufsE2E_pb2")
-SERVE = (
-    "import pathlib, sys; from whatsapp_worker.sandbox.server import serve;"
-    "sys.exit(serve(state_dir=pathlib.Path(sys.argv[1])))"
-)
 ANA = "5521988887777"
-
-
-class Sandbox:
-    """The network as a process of its own, and the clients that use it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.state_dir = folder / "sandbox"
-        self._clients: list[RawClient] = []
-        self.start()
-
-    def start(self) -> None:
-        with (self.folder / "sandbox.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, str(self.state_dir)], stdout=log, stderr=log
-            )
-        eventually(self._answers, what="the sandbox answers")
-        self.control = Control.from_state_dir(self.state_dir)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(Exception):
-            Control.from_state_dir(self.state_dir).health()
-            return True
-        return False
-
-    def stop(self) -> None:
-        self._process.terminate()
-        assert self._process.wait(10) == 0
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def client(self, name: str) -> RawClient:
-        """A client; linked and connected with `link`, or on its own when it was linked before."""
-        endpoints = json.loads((self.state_dir / "sandbox.json").read_text())
-        environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.lower().endswith("_proxy") and not name.startswith("SSL_CERT")
-        } | {
-            "WHATSAPP_NETWORK": "sandbox",
-            "HTTPS_PROXY": endpoints["proxy_url"],
-            "SSL_CERT_FILE": endpoints["ca_file"],
-        }
-        client = RawClient(self.folder / f"{name}.db", environ)
-        self._clients.append(client)
-        return client
-
-    def link(self, name: str, phone: str) -> RawClient:
-        client = self.client(name)
-        self.control.scan(client.expect("qr")["code"], phone=phone)
-        client.expect("connected")
-        return client
-
-    def arrived(self, message_id: str) -> Message:
-        """The row of a message, once its contact has read it."""
-
-        def row() -> Message | None:
-            rows = self.control.messages(id=message_id)
-            return rows[0] if rows and rows[0]["type"] else None
-
-        found: Message = eventually(row, what="the message arrives")
-        return found
-
-    def close(self) -> None:
-        for client in self._clients:
-            client.close()
-        self.stop()
 
 
 @pytest.fixture(scope="module")
