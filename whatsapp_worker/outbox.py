@@ -55,7 +55,7 @@ _BLOCK_S = 0.5  # of one BLMOVE: bounds how long leaving takes
 _BATCH = 1000
 
 # Scripts: one command and one answer, where MULTI takes a dozen and costs a millisecond of Python.
-# The fields of a job that are set, and how long the limbo list is; a hash too large to be ours is
+# The fields of a job that RQ reads, and how long the limbo list is; a hash too large to be ours is
 # not fetched at all, and no type of key is an error.
 _READ = f"""
 local function read(id, limbo)
@@ -65,8 +65,9 @@ local function read(id, limbo)
   local size = 0
   for i = 2, #fields, 2 do
     size = size + #fields[i]
-    if #fields[i] > 0 then
-      found[#found + 1] = fields[i - 1]
+    local name = fields[i - 1]
+    if #fields[i] > 0 or name == 'enqueue_at_front' or name:find('_timeout$') then
+      found[#found + 1] = name
       found[#found + 1] = fields[i]
     end
   end

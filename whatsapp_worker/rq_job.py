@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rq.job import JOB_ID_PATTERN, JobStatus
+from rq.job import Job as RqJob
+from rq.serializers import JSONSerializer
 from rq.utils import str_to_date, utcformat
 
 from whatsapp_worker.errors import InvalidMessage, WorkerError
@@ -29,6 +31,10 @@ _DATES = ("created_at", "enqueued_at", "started_at", "ended_at", "last_heartbeat
 _NUMBERS = ("result_ttl", "failure_ttl", "ttl", "retries_left", "number_of_retries")
 _CALLBACKS = ("success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks")
 _RQ_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
+_READ = frozenset(
+    ("data", "meta", "result", "status", "description", "origin", *_DATES, *_NUMBERS, *_CALLBACKS)
+)
+_NO_REDIS: Any = object()  # reading a record asks nothing of it
 
 
 class JobRefused(WorkerError):
@@ -164,7 +170,24 @@ def _read_record(fields: Mapping[str, bytes]) -> tuple[dict[str, str], WorkerErr
     for name in _CALLBACKS:
         if fields.get(name):
             problem = problem or JobRefused(f"{name}: callbacks and webhooks are refused")
-    return kept, problem
+    return kept, problem or _read_rest(fields)
+
+
+def _read_rest(fields: Mapping[str, bytes]) -> WorkerError | None:
+    """What is wrong with the fields that concern us only because a CRM will fetch the job."""
+    rest = {name: value for name, value in fields.items() if name not in _READ}
+    if rest.get("timeout", b"").isdigit():
+        del rest["timeout"]  # what every job has
+    name = "exc_info"
+    try:
+        _inflate(rest.pop("exc_info", b"")).decode()
+        name = ", ".join(sorted(rest))[:80]
+        if rest:
+            probe = RqJob("probe", connection=_NO_REDIS, serializer=JSONSerializer)
+            probe.restore({**rest, "data": b"[]"})
+    except Exception:  # RQ's own readers raise what they please, AssertionError included
+        return JobRefused(f"{name}: RQ cannot read it")
+    return None
 
 
 def _date(text: str) -> datetime:

@@ -1,0 +1,39 @@
+"""The table of send failures: one test a row."""
+
+import pytest
+
+from whatsapp_worker.send_errors import Kind, classify
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("no LID found for 5511999990001 from server", Kind.RECIPIENT),
+        ("client is nil", Kind.NOT_CONNECTED),
+        ("the store doesn't contain a device JID", Kind.LOGGED_OUT),
+        ("websocket not connected", Kind.NOT_CONNECTED),
+        ("failed to send message node: websocket not connected", Kind.NOT_CONNECTED),
+        ("timed out waiting for message send response", Kind.UNSURE),
+        ("websocket disconnected before message send returned response", Kind.UNSURE),
+        ("server returned error 400", Kind.RECIPIENT),
+        ("server returned error 479", Kind.RECIPIENT),
+        ("server returned error 500", Kind.TRANSIENT),
+        ("server returned error 503", Kind.TRANSIENT),
+        ("server returned error 429", Kind.STOP_SENDING),
+        ("server returned error 463", Kind.STOP_SENDING),
+        ("that group does not exist", Kind.RECIPIENT),
+        ("something nobody has seen", Kind.UNSURE),
+        ("", Kind.UNSURE),
+    ],
+)
+def test_every_known_failure_has_its_meaning(text: str, kind: Kind) -> None:
+    assert classify(text) is kind
+
+
+def test_only_what_may_have_reached_whatsapp_is_uncertain() -> None:
+    assert [kind for kind in Kind if not kind.is_certain] == [Kind.UNSURE]
+
+
+def test_the_breaker_does_not_count_what_concerns_one_recipient_or_asks_for_a_pause() -> None:
+    counted = {kind for kind in Kind if kind.is_transport_fault}
+    assert counted == {Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT}
