@@ -12,7 +12,8 @@
     ├── RecordError                one session's record
     │   ├── RecordMissing          there is none (3)
     │   ├── RecordExists           there is one already
-    │   └── RecordBeingDeleted     its deletion has begun and is not finished; transient (3)
+    │   ├── RecordBeingDeleted     its deletion has begun and is not finished; transient (3)
+    │   └── RecordExported         it was moved to another host
     └── LedgerError
         ├── LedgerUnavailable      the database did not answer in time or refused; transient (6)
         ├── LedgerNewer            its schema is newer than this code
@@ -106,6 +107,10 @@ class RecordBeingDeleted(RecordError):
 
     transient = True
     exit_code = 3
+
+
+class RecordExported(RecordError):
+    """The session was moved to another host; running it here too would break it there."""
 
 
 class LedgerError(StorageError):

@@ -373,6 +373,33 @@ class Ledger:
             transaction.execute(_FORGET_RECEIPTS, values)
             return transaction.execute(_FORGET, values)
 
+    def copy_to(self, other: "Ledger") -> int:
+        """Add every row of this session to another ledger; rows that it has already stay.
+
+        Returns:
+            How many messages were read.
+        """
+        copied, after = 0, ""
+        while True:
+            values = {"session": self.session, "after": after, "limit": _BATCH}
+            rows = self._database.run(_PAGE, values)
+            with other._database.transaction() as transaction:
+                for row in rows:
+                    other._add(transaction, messages, row)
+                    for former in self._database.run(_ATTEMPTS, self._key(row[1])):
+                        other._add(transaction, attempts, former)
+            copied += len(rows)
+            if len(rows) < _BATCH:
+                break
+            after = rows[-1][1]
+        for receipt in self.pending_receipts():
+            other.receipts([receipt], now=receipt.at)
+        return copied
+
+    def _add(self, transaction: Transaction, table: sa.Table, row: tuple[Any, ...]) -> None:
+        values = dict(zip(table.c.keys(), row, strict=True))
+        transaction.execute(_ADD[table.name], {**values, "session": self.session})
+
     def _settle(self, transaction: Transaction, settlement: Settlement) -> None:
         if settlement.status not in FINAL:
             raise ValueError(f"{settlement.status!r} is no outcome")
@@ -610,10 +637,20 @@ _ANY_PENDING = Statement(sa.select(_r.status).where(_RECEIPTS).limit(1))
 _PENDING = Statement(
     sa.select(_r.wa_message_id, _r.status, _r.at).where(_RECEIPTS).order_by(_r.kept_at)
 )
-_KEEP_RECEIPT = Statement(
-    postgresql.insert(receipts)
-    .values({name: sa.bindparam(name) for name in receipts.c.keys()})  # noqa: SIM118
-    .on_conflict_do_nothing()
+_ADD = {
+    table.name: Statement(
+        postgresql.insert(table)
+        .values({name: sa.bindparam(name) for name in table.c.keys()})  # noqa: SIM118
+        .on_conflict_do_nothing()
+    )
+    for table in (messages, attempts, receipts)
+}
+_KEEP_RECEIPT = _ADD[receipts.name]
+_PAGE = Statement(
+    sa.select(messages)
+    .where(_MINE, _m.message_id > sa.bindparam("after"))
+    .order_by(_m.message_id)
+    .limit(sa.bindparam("limit", type_=sa.Integer))
 )
 _DROP_RECEIPT = Statement(
     sa.delete(receipts).where(

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from storage.errors import (
     DocumentUnwritable,
     RecordBeingDeleted,
     RecordExists,
+    RecordExported,
     RecordMissing,
 )
 from storage.locks import FileLock, check_locking
@@ -41,6 +43,8 @@ RUN_WORDS = ("run", "stop", "delete")
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 _GRAVE_PREFIX = ".deleted-"  # folders on their way out; no id can start so
+_INCOMING_PREFIX = ".incoming-"  # folders on their way in
+_INCOMING_S = 3600.0  # older ones were given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class Wanted:
         created_at: Unix seconds; jobs from before it were meant for an earlier session.
         touched_at: Unix seconds of the last operator command.
         why: Who or what asked for the last change, for people.
+        exported_at: Unix seconds when it was moved to another host; it is not wanted to run again
+            unless the same change sets this to None.
         more: Fields that this version does not know; kept.
     """
 
@@ -69,6 +75,7 @@ class Wanted:
     logout: str | None = None
     restart: str | None = None
     why: str = ""
+    exported_at: float | None = None
     version: int = WANTED_VERSION
     more: Fields = field(default_factory=dict)
 
@@ -151,7 +158,7 @@ class Sessions:
         for id in self.ids():
             self._wanted_document(id).clean()
             self._state_document(id).clean()
-        graves = [path for path in _entries(self._folders) if path.name.startswith(_GRAVE_PREFIX)]
+        graves = [path for path in _entries(self._folders) if _is_leftover(path)]
         for grave in graves:
             shutil.rmtree(grave, ignore_errors=True)
         return [grave.name for grave in graves]
@@ -205,10 +212,7 @@ class Sessions:
             DocumentUnwritable, LockHeld: Not made (transient).
         """
         folder = self.folder(id)
-        if self.tombstones.find(id):
-            if folder.exists():
-                raise RecordBeingDeleted(id, f"session {id} is still being deleted; try again")
-            self.tombstones.remove(id)
+        self._require_free(id)
         self.prepare()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)  # a killed create left it
@@ -259,6 +263,7 @@ class Sessions:
         Raises:
             RecordMissing: There is no record.
             RecordBeingDeleted: A deletion is never taken back.
+            RecordExported: It was moved to another host, and the change does not say otherwise.
             DocumentBroken, DocumentNewer: The record cannot be used.
             DocumentUnwritable, LockHeld: Not saved (transient).
         """
@@ -273,6 +278,12 @@ class Sessions:
             after = change(before)
             if (before.run == "delete" or self.tombstones.find(id)) and after.run != "delete":
                 raise RecordBeingDeleted(id, f"session {id} is being deleted")
+            if after.exported_at is not None and after.run == "run":
+                raise RecordExported(
+                    id,
+                    f"session {id} was exported to another host. Running it here as well would end"
+                    " it there: force this only if it never ran there",
+                )
             touched_at = after.touched_at if now is None else now
             after = dataclasses.replace(
                 after, generation=before.generation + 1, touched_at=touched_at
@@ -324,6 +335,42 @@ class Sessions:
         self._seen.pop(id, None)
         shutil.rmtree(grave, ignore_errors=True)
 
+    def incoming(self) -> Path:
+        """A new folder, mode 0700, in which a session can be prepared for `adopt`."""
+        self.prepare()
+        folder = self._folders / f"{_INCOMING_PREFIX}{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def adopt(self, id: str, folder: Path, wanted: Wanted, state: StateRecord) -> None:
+        """Make a folder from `incoming` a session, at once; removes the id's tombstone.
+
+        Raises:
+            RecordExists, RecordBeingDeleted: There is such a session; the folder is left.
+            DocumentUnwritable: Not made (transient).
+        """
+        self._require_free(id)
+        _document(folder, "wanted.json").write(_to_fields(wanted))
+        _document(folder, "state.json").write(_to_fields(state))
+        try:
+            sync_folder(folder)
+            folder.rename(self.folder(id))  # fails when somebody else made it meanwhile
+            sync_folder(self._folders)
+        except OSError as error:
+            raise DocumentUnwritable(
+                self.folder(id), f"cannot be made: {error.strerror}"
+            ) from error
+
+    def _require_free(self, id: str) -> None:
+        """An id that is not in use; its tombstone is removed, since it is created on purpose."""
+        exists = self.folder(id).exists()
+        if self.tombstones.find(id):
+            if exists:
+                raise RecordBeingDeleted(id, f"session {id} is still being deleted; try again")
+            self.tombstones.remove(id)
+        if exists and self._wanted_document(id).read() is not None:
+            raise RecordExists(id, f"session {id} exists already")
+
     def changed(self) -> set[str]:
         """The ids whose wanted record changed since the last call: new and vanished ones too.
 
@@ -334,12 +381,10 @@ class Sessions:
         return {id for id in before.keys() | now.keys() if before.get(id, 0) != now.get(id, 0)}
 
     def _wanted_document(self, id: str) -> Document:
-        path = self.folder(id) / "wanted.json"
-        return Document(path, version=WANTED_VERSION, check=_wanted)
+        return _document(self.folder(id), "wanted.json")
 
     def _state_document(self, id: str) -> Document:
-        path = self.folder(id) / "state.json"
-        return Document(path, version=STATE_VERSION, check=_state)
+        return _document(self.folder(id), "state.json")
 
     def _make_install_key(self, path: Path) -> bytes:
         if self.ids():
@@ -358,6 +403,12 @@ class Sessions:
             raise DocumentUnwritable(path, f"cannot be made: {error.strerror}") from error
 
 
+def _document(folder: Path, name: str) -> Document:
+    if name == "wanted.json":
+        return Document(folder / name, version=WANTED_VERSION, check=_wanted)
+    return Document(folder / name, version=STATE_VERSION, check=_state)
+
+
 def _buried(wanted: Wanted, stone: Tombstone) -> Wanted:
     return dataclasses.replace(wanted, run="delete", why=stone.why)
 
@@ -372,6 +423,7 @@ def _wanted(fields: Fields) -> Wanted:
     _require(wanted.link is None or isinstance(wanted.link, dict), "link")
     _require(all(isinstance(w, str | None) for w in (wanted.logout, wanted.restart)), "logout")
     _require(isinstance(wanted.why, str), "why")
+    _require(wanted.exported_at is None or _is_number(wanted.exported_at), "exported_at")
     return wanted
 
 
@@ -419,6 +471,12 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
+
+
+def _is_leftover(path: Path) -> bool:
+    if path.name.startswith(_INCOMING_PREFIX):
+        return time.time() - path.stat().st_mtime > _INCOMING_S
+    return path.name.startswith(_GRAVE_PREFIX)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
