@@ -17,7 +17,7 @@ Level = Literal["error", "warning", "info"]
 Fields = dict[str, Any]
 
 MAX_REMEMBERED = 1000  # keys; the oldest are forgotten
-MAX_WAITING = 200
+MAX_WAITING = 1000
 MAX_TEXT = 500  # characters of one value
 MAX_LIST = 20  # entries of a list
 RESEND_S = 60.0  # after Sentry did not take an alert

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 2.0
 VERSION = 1
-_WAITING_MAX = 1000  # alerts that the thread has not taken up
-_SENT_MAX = 200  # alerts remembered in case Sentry does not take them
+_WAITING_MAX = 2000  # orders that the thread has not taken up
+_SENT_MAX = 1000  # alerts on their way, remembered in case Sentry does not take them
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 
 
@@ -278,6 +278,7 @@ def _options(host: str, release: str) -> dict[str, Any]:
         "enable_backpressure_handling": False,
         "spotlight": False,
         "shutdown_timeout": FLUSH_S,
+        "transport_queue_size": _SENT_MAX,
     }
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from whatsapp_worker.alert_policy import (
     MAX_REMEMBERED,
+    MAX_WAITING,
     RESEND_S,
     Alert,
     Memory,
@@ -135,7 +136,7 @@ def test_memory_is_bounded():
         memory.judge(opened(session=f"s{number}"), number)
     fields = memory.as_fields()
     assert len(fields["told"]) == MAX_REMEMBERED
-    assert len(fields["waiting"]) <= 200 and len(fields["open"]) <= MAX_REMEMBERED
+    assert len(fields["waiting"]) <= MAX_WAITING and len(fields["open"]) <= MAX_REMEMBERED
 
 
 def test_every_alert_says_something():
