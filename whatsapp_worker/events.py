@@ -7,7 +7,6 @@ number of these processes may run.
 
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -89,7 +88,7 @@ class ReceiptWriter:
         self._stop = stop
         self._stream = EventStream(redis, events_max=settings.events_max)
         self._ledgers = _Ledgers(settings)
-        self._name = f"{settings.host}-{os.getpid()}"
+        self._name = settings.host  # the same after a restart: what was left is found at once
         self._due = {"claim": 0.0, "apply": 0.0, "trim": 0.0}
         self._has_leftovers = True  # read but not acknowledged, by us
 
@@ -106,8 +105,6 @@ class ReceiptWriter:
                 self._turn()
         finally:
             self._ledgers.close()
-        if not self._has_leftovers:  # they would be lost with it
-            self._redis.xgroup_delconsumer(EVENTS_STREAM, LEDGER_GROUP, self._name)
 
     def _turn(self) -> None:
         if self._is_due("claim", _CLAIM_EVERY_S):
@@ -138,15 +135,11 @@ class ReceiptWriter:
                 raise
 
     def _take_over(self) -> None:
-        """Make the unacknowledged entries of consumers that died ours, and forget those."""
+        """Make the entries ours that another host's process read and never acknowledged."""
         _, found, _ = self._redis.xautoclaim(
             EVENTS_STREAM, LEDGER_GROUP, self._name, _CLAIM_IDLE_MS, count=_BATCH
         )
         self._has_leftovers |= bool(found)
-        for consumer in self._redis.xinfo_consumers(EVENTS_STREAM, LEDGER_GROUP):
-            is_gone = consumer["idle"] > 10 * _CLAIM_IDLE_MS and not consumer["pending"]
-            if is_gone and consumer["name"].decode() != self._name:
-                self._redis.xgroup_delconsumer(EVENTS_STREAM, LEDGER_GROUP, consumer["name"])
 
     def _read(self, start: str) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
         """Entries that nobody has read (`>`), or those that we have not acknowledged (`0`)."""

@@ -1,0 +1,294 @@
+"""Receipts: from the client's thread onto the stream, and from there into the ledger."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from sending import (
+    SESSION,
+    FakeDevice,
+    Parts,
+    Running,
+    enqueue,
+    fetch,
+    kill,
+    outcome,
+    terminate,
+)
+from support import RedisServer, eventually
+
+from storage.ledger import Claim, Ledger, Settlement
+from storage.sessions import Sessions
+from whatsapp_worker import redis_client
+from whatsapp_worker.consumer import Ending
+from whatsapp_worker.event_names import Event
+from whatsapp_worker.events import ReceiptWriter
+from whatsapp_worker.events import run as serve
+from whatsapp_worker.facts import Inbound, Receipt, ReceiptKind
+from whatsapp_worker.receipts import MAX_WAITING, FactWriter
+from whatsapp_worker.settings import Settings
+from whatsapp_worker.stream import EventStream
+
+
+def entries(redis: Redis) -> list[dict[str, Any]]:
+    found = []
+    for _, fields in redis.xrange("wa:events"):
+        entry = {name.decode(): value.decode() for name, value in fields.items()}
+        found.append(entry | {"payload": json.loads(entry["payload"])})
+    return found
+
+
+def receipt(*ids: str, kind: ReceiptKind = ReceiptKind.DELIVERED) -> Receipt:
+    chat = "182736451928@lid"
+    return Receipt(kind, ids, chat=chat, sender=chat, phone="5511999990001", at=1000.0)
+
+
+@contextmanager
+def writing(url: str, *, ledger: Ledger | None = None) -> Iterator[FactWriter]:
+    writer = FactWriter(SESSION, EventStream(redis_client.connect(url)), ledger=ledger)
+    writer.start()
+    yield writer
+    writer.close(timeout_s=5)
+
+
+@contextmanager
+def session_folder(data: Path) -> Iterator[Path]:
+    sessions = Sessions(data)
+    sessions.create(SESSION, network="sandbox", now=time.time())
+    yield sessions.folder(SESSION)
+
+
+@contextmanager
+def serving(url: str, data: Path) -> Iterator[None]:
+    """The events process, as a thread."""
+    stop = threading.Event()
+    settings = Settings(data_dir=data, redis_url=url)
+    writer = ReceiptWriter(redis_client.connect(url), settings, stop=stop)
+    thread = threading.Thread(target=writer.run, daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def claimed(ledger: Ledger, message_id: str) -> None:
+    claim = Claim(message_id, "hash", f"job-{message_id}", "number", time.time())
+    ledger.claim(claim, secret=lambda attempt: b"s" * 32)
+
+
+def has_status(ledger: Ledger, message_id: str, status: str) -> bool:
+    row = ledger.find(message_id)
+    return row is not None and row.status == status
+
+
+def test_a_receipt_names_the_message_of_the_crm(
+    redis: Redis, shared_redis_server: RedisServer
+) -> None:
+    with writing(shared_redis_server.url) as writer:
+        writer.sent("WA1", "m1")
+        writer.offer(receipt("WA1"))
+        [entry] = eventually(lambda: entries(redis))
+    assert entry["event"] == "message.delivered"
+    assert entry["payload"]["message_id"] == "m1"
+    assert entry["payload"]["wa_message_id"] == "WA1"
+
+
+def test_a_receipt_that_overtakes_its_send_still_names_the_message(
+    redis: Redis, shared_redis_server: RedisServer
+) -> None:
+    with writing(shared_redis_server.url) as writer:
+        writer.offer(receipt("WA1"))
+        writer.offer(receipt("WA1", kind=ReceiptKind.READ))
+        time.sleep(0.1)
+        writer.sent("WA1", "m1")
+        found = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+    assert [entry["event"] for entry in found] == ["message.delivered", "message.read"]
+    assert {entry["payload"]["message_id"] for entry in found} == {"m1"}
+
+
+def test_a_receipt_for_an_earlier_process_is_looked_up_in_the_ledger(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    ledger = Ledger.open(tmp_path / "ledger.db", SESSION)
+    claimed(ledger, "m1")
+    ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+    with writing(shared_redis_server.url, ledger=ledger) as writer:
+        writer.offer(receipt("WA1"))
+        [entry] = eventually(lambda: entries(redis))
+    assert entry["payload"]["message_id"] == "m1"
+
+
+def test_a_receipt_for_nobodys_message_is_told_without_one(
+    redis: Redis, shared_redis_server: RedisServer
+) -> None:
+    with writing(shared_redis_server.url) as writer:
+        writer.offer(receipt("WA-of-the-phone"))
+        [entry] = eventually(lambda: entries(redis))
+    assert entry["payload"]["message_id"] is None
+
+
+def test_an_inbound_text_reaches_the_stream_under_a_stable_id(
+    redis: Redis, shared_redis_server: RedisServer
+) -> None:
+    fact = Inbound("WA9", "1@lid", "1@lid", "5511999990001", "Ana", "text", "Oi", 5.0)
+    with writing(shared_redis_server.url) as writer:
+        writer.offer(fact)
+        writer.offer(fact)
+        first, second = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+    assert first["event"] == "message.received"
+    assert first["payload"]["text"] == "Oi"
+    assert first["payload"]["from"] == "5511999990001"
+    assert first["id"] == second["id"]
+
+
+def test_facts_wait_for_redis_and_never_block_the_client(redis_server: RedisServer) -> None:
+    with writing(redis_server.url) as writer:
+        redis_server.kill()
+        begun = time.monotonic()
+        for number in range(MAX_WAITING + 500):
+            writer.offer(receipt(f"WA{number}"))
+            writer.sent(f"WA{number}", f"m{number}")
+        assert time.monotonic() - begun < 5
+        redis_server.start()
+        redis = redis_server.client()
+        eventually(lambda: redis.xlen("wa:events") >= 1000, within_s=30)
+
+
+def test_receipts_reach_the_ledger_and_are_acknowledged_afterwards(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    stream = EventStream(redis)
+    with session_folder(tmp_path) as folder, serving(shared_redis_server.url, tmp_path):
+        ledger = Ledger.open(folder / "ledger.db", SESSION)
+        claimed(ledger, "m1")
+        ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+        for event in (Event.DELIVERED, Event.READ, Event.DELIVERED):
+            stream.add(event, SESSION, {"wa_message_id": "WA1", "at": 2.0})
+        eventually(lambda: has_status(ledger, "m1", "read"))
+        eventually(lambda: redis.xpending("wa:events", "ledger")["pending"] == 0)
+        ledger.close()
+
+
+def test_rubbish_on_the_stream_and_unknown_sessions_do_not_stop_it(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    stream = EventStream(redis)
+    redis.xadd("wa:events", {"nonsense": "1"})
+    redis.xadd("wa:events", {"event": "message.read", "session": "s1", "payload": "{"})
+    stream.add(Event.DELIVERED, "../../etc", {"wa_message_id": "WA1", "at": 2.0})
+    stream.add(Event.DELIVERED, "nobody", {"wa_message_id": "WA1", "at": 2.0})
+    with session_folder(tmp_path) as folder, serving(shared_redis_server.url, tmp_path):
+        ledger = Ledger.open(folder / "ledger.db", SESSION)
+        claimed(ledger, "m1")
+        ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+        stream.add(Event.DELIVERED, SESSION, {"wa_message_id": "WA1", "at": 2.0})
+        eventually(lambda: has_status(ledger, "m1", "delivered"))
+        eventually(lambda: redis.xpending("wa:events", "ledger")["pending"] == 0)
+        ledger.close()
+
+
+def test_a_receipt_before_its_message_is_kept_and_applied_later(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with session_folder(tmp_path) as folder, serving(shared_redis_server.url, tmp_path):
+        ledger = Ledger.open(folder / "ledger.db", SESSION)
+        claimed(ledger, "m1")
+        EventStream(redis).add(Event.DELIVERED, SESSION, {"wa_message_id": "WA1", "at": 2.0})
+        eventually(lambda: ledger.pending_receipts())
+        ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+        eventually(lambda: has_status(ledger, "m1", "delivered"))
+        ledger.close()
+
+
+def test_a_receipt_settles_an_unknown_message_in_ledger_job_and_events(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    url = shared_redis_server.url
+    with session_folder(tmp_path) as folder, serving(url, tmp_path):
+        enqueue(redis, "m1")
+        device = FakeDevice(folder, takes_s=30)
+        with Running(Parts(url, folder, device=device, send_timeout_s=0.3)) as running:
+            assert running.join() is Ending.SEND_HUNG
+        with Running(Parts(url, folder)) as running:
+            assert outcome(redis, "m1")["status"] == "unknown"
+            assert fetch(redis, "m1").get_status() == "failed"
+            wa_message_id = outcome(redis, "m1")["wa_message_id"]
+            payload = {"wa_message_id": wa_message_id, "at": 2.0}
+            EventStream(redis).add(Event.DELIVERED, SESSION, payload)
+            eventually(lambda: fetch(redis, "m1").get_status() == "finished")
+            assert has_status(running.parts.ledger, "m1", "delivered")
+        told = outcome(redis, "m1")
+        assert (told["status"], told["error"]) == ("delivered", None)
+        assert redis.zscore("rq:failed:wa:out:s1", "job-m1") is None
+        eventually(lambda: [e["event"] for e in entries(redis)].count("message.sent") == 1)
+
+
+def test_a_killed_events_process_loses_no_receipt(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    redis = redis_server.client()
+    stream = EventStream(redis)
+    settings = Settings(data_dir=tmp_path, redis_url=redis_server.url, host="h")
+    with session_folder(tmp_path) as folder:
+        ledger = Ledger.open(folder / "ledger.db", SESSION)
+        ids = [f"m{number}" for number in range(300)]
+        for id in ids:
+            claimed(ledger, id)
+            ledger.settle(Settlement(id, "sent", wa_message_id=f"WA-{id}", at=1.0))
+            stream.add(Event.DELIVERED, SESSION, {"wa_message_id": f"WA-{id}", "at": 2.0})
+        ledger.close()
+        # Read and not acknowledged, by a process that died long ago.
+        redis.xgroup_create("wa:events", "ledger", id="0")
+        redis.xreadgroup("ledger", "dead", {"wa:events": ">"}, count=100)
+        pending = redis.xpending_range("wa:events", "ledger", "-", "+", 100)
+        oldest = [entry["message_id"] for entry in pending]
+        redis.xclaim("wa:events", "ledger", "dead", 0, oldest, idle=120_000)
+        for _ in range(5):
+            pid = fork_events(settings)
+            time.sleep(0.05)
+            kill(pid)
+        pid = fork_events(settings)
+        ledger = Ledger.open(folder / "ledger.db", SESSION)
+        eventually(lambda: ledger.counts().get("delivered") == 300)
+        eventually(lambda: redis.xpending("wa:events", "ledger")["pending"] == 0)
+        assert terminate(pid) == 0
+        ledger.close()
+
+
+def fork_events(settings: Settings) -> int:
+    pid = os.fork()
+    if not pid:
+        os._exit(serve(settings))
+    return pid
+
+
+def test_the_stream_is_trimmed_behind_its_slowest_group(redis: Redis) -> None:
+    stream = EventStream(redis, events_max=1000)
+    redis.xgroup_create("wa:events", "slow", id="0", mkstream=True)
+    redis.xgroup_create("wa:events", "fast", id="0")
+    for _ in range(900):
+        stream.add(Event.SENT, SESSION, {})
+    redis.xreadgroup("fast", "a", {"wa:events": ">"}, count=900, noack=True)
+    assert stream.trim() == 0.9
+    assert redis.xlen("wa:events") == 900
+    redis.xreadgroup("slow", "a", {"wa:events": ">"}, count=500)
+    assert stream.trim() == 0.9  # read, but not acknowledged
+    ids = [e["message_id"] for e in redis.xpending_range("wa:events", "slow", "-", "+", 500)]
+    redis.xack("wa:events", "slow", *ids)
+    assert 0.69 <= stream.trim() <= 0.8
+
+
+def test_the_stream_never_grows_beyond_its_ceiling(redis: Redis) -> None:
+    stream = EventStream(redis, events_max=1000)
+    redis.xgroup_create("wa:events", "dead", id="0", mkstream=True)
+    for _ in range(1050):
+        stream.add(Event.SENT, SESSION, {})
+    assert redis.xlen("wa:events") == 1000
+    assert stream.trim() == 1.0
