@@ -55,24 +55,32 @@ LOCK_WAIT_S = 1.0  # others probe the lock for an instant
 RETRY_EVERY_S = 1.0  # a ledger or Redis that did not answer
 
 
-def main(session: str, channel: Channel, settings: Settings) -> NoReturn:
+def main(session: str, channel: Channel, settings: Settings, *, dial_at: float = 0.0) -> NoReturn:
     """Run a session until its connection ends, then `os._exit` with one of `reports.Exit`.
 
     Called in a child just forked from the fork helper (single-threaded, neonize not loaded).
     Says `started`, `connecting`, `connected`, `heartbeat`s and, last, `ended` on the channel;
     obeys `stop` and `logout`, SIGTERM, and the end of the channel's file.
+
+    Args:
+        dial_at: Monotonic seconds: get ready, but do not dial before.
     """
     child.begin("device", session)
-    child.live(channel, lambda: DeviceProcess(session, channel, settings).run())
+    child.live(channel, lambda: DeviceProcess(session, channel, settings, dial_at=dial_at).run())
 
 
 class DeviceProcess:
     """One run of one session."""
 
-    def __init__(self, session: str, channel: Channel, settings: Settings) -> None:
+    def __init__(
+        self, session: str, channel: Channel, settings: Settings, *, dial_at: float = 0.0
+    ) -> None:
         self._session = session
         self._channel = channel
         self._settings = settings
+        self._dial_at = dial_at
+        # Often enough that the supervisor never takes the silence between two beats for a hang.
+        self._beat_every_s = min(settings.health_check_interval_s, settings.hang_timeout_s / 4)
         self._sessions = Sessions(settings.data_dir)
         self._database = self._sessions.folder(session) / "device.db"
         self._departure = Departure()
@@ -187,8 +195,10 @@ class DeviceProcess:
     def _connect(self) -> bool:
         """Dial and log in; False when it is time to leave instead."""
         assert self._device is not None
-        self._channel.send(report="connecting")
         self._device.load()
+        if self._departure.is_due.wait(max(0.0, self._dial_at - time.monotonic())):
+            return False
+        self._channel.send(report="connecting")
         self._device.connect_in_thread()
         if not self._news.wait(self._settings.connect_timeout_s):
             detail = f"no login within {self._settings.connect_timeout_s:g} s"
@@ -238,6 +248,8 @@ class DeviceProcess:
 
     def _announce(self, ending: Ending, code: int, *, within_s: float, then_s: float = 1.0) -> None:
         """Let the send in hand have `within_s`; force the end `then_s` later."""
+        if not self._departure.is_due.is_set():
+            self._channel.send(report="leaving")  # the wait for the next dial runs from here
         self._departure.announce(ending, code, within_s=within_s + then_s)
         self._news.set()
         if self._consumer is not None:
@@ -313,7 +325,7 @@ class DeviceProcess:
         if self._logged_in.is_set() and not self._departure.is_due.is_set():
             self._look_for_silence(now)
         if now >= self._beat_due_at:
-            self._beat_due_at = now + self._settings.health_check_interval_s
+            self._beat_due_at = now + self._beat_every_s
             self._channel.send(report="heartbeat", **self._heartbeat(now))
         return min(left_s, self._beat_due_at - now)
 

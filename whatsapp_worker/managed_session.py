@@ -34,6 +34,7 @@ CONNECT_MARGIN_S = 5.0  # the device process ends a dial by itself; this is for 
 LOGOUT_RETRY_S = 3.0
 LEFTOVER_RETRY_S = 0.5
 SAVE_EVERY_S = 5.0  # for what changes all the time
+READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
 FORCED_MEMORY = 1.5  # times the limit
 
@@ -159,8 +160,11 @@ class ManagedSession:
         return self.process is not None or self.state in _WORKING or self.state is State.LINKING
 
     @property
-    def is_dialling(self) -> bool:
-        return self.process is not None and self.process.is_dialling
+    def ready_at(self) -> float | None:
+        """When it wants a process next; None: not by itself, or not before others make room."""
+        if self.due_at is None or self.process is not None or self.reason is Reason.CAPACITY:
+            return None
+        return self.due_at - READY_S
 
     @property
     def is_gone(self) -> bool:
@@ -248,6 +252,8 @@ class ManagedSession:
 
     def _on_report(self, report: dict[str, Any], now: float) -> None:
         match report.get("report"):
+            case "connecting" if self._is_dial_due(now + READY_S):
+                self._tell_dial()
             case "connected":
                 self._on_connected(report, now)
             case "heartbeat":
@@ -339,8 +345,10 @@ class ManagedSession:
             self.process.kill(now)  # of an attempt that was given up
         elif self.process is not None and self._is_restarting:
             self.process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED))
-        elif self.process is None and self.due_at is not None and now >= self.due_at:
+        elif self.process is None and self.due_at is not None and now >= self.due_at - READY_S:
             self._dial(now)
+        elif self.process is not None and self._is_dial_due(now):
+            self._tell_dial()
         if not self._is_starting(now):
             self._set(generation=self.wanted.generation)
 
@@ -422,16 +430,27 @@ class ManagedSession:
             self._move(Trigger.UNPAIRED, None)
 
     def dial(self, now: float, *, as_canary: bool = False) -> bool:
-        """Start a device process."""
-        if not self._spawn("device", {}, now):
+        """Start a device process; it gets ready and dials when that is due."""
+        dial_at = now if as_canary or self.due_at is None else max(now, self.due_at)
+        if not self._spawn("device", {"dial_at": dial_at}, now):
             return False
         assert self.process is not None
         self.process.is_canary = as_canary
         self.dialled_at = now
-        keeps = self.record.reason if self.state is not State.STOPPED else None
-        reason = Reason(keeps) if keeps and self._past.attempt else None
-        self._move(Trigger.DIAL, reason, attempt=self._past.attempt, next_attempt_at=None)
+        if dial_at <= now:
+            self._tell_dial()
         return True
+
+    def _is_dial_due(self, now: float) -> bool:
+        """Whether a process that was started early dials now."""
+        is_early = self.state not in (State.CONNECTING, State.CONNECTED)
+        return is_early and self.due_at is not None and now >= self.due_at
+
+    def _tell_dial(self) -> None:
+        if self.process is None or not self.process.is_canary:
+            self.due_at = None
+        reason = self.reason if self._past.attempt and self.state is not State.STOPPED else None
+        self._move(Trigger.DIAL, reason, attempt=self._past.attempt, next_attempt_at=None)
 
     def _spawn(self, kind: str, arguments: dict[str, Any], now: float) -> bool:
         self.process = self._host.spawn(self.id, kind, arguments)
@@ -489,7 +508,9 @@ class ManagedSession:
         settings = self._host.settings
         silent_s = now - process.heard_at
         hang_s = settings.hang_timeout_s
-        ages = [process.heartbeat.get(name) for name in ("loop_age_s", "consumer_age_s")]
+        ages = [
+            process.heartbeat.get(name) for name in ("loop_age_s", "consumer_age_s", "client_age_s")
+        ]
         if silent_s > hang_s or any(age is not None and age > hang_s for age in ages):
             return Ending(EndingKind.CRASHED, Reason.PROCESS_HUNG, "no progress")
         if process.closed_at is not None and now - process.closed_at > CONNECT_MARGIN_S:
@@ -551,11 +572,13 @@ class ManagedSession:
         freed = self._host.end_leftover(self.id)
         log.warning("session.held", extra={"session": self.id, "freed": freed})
         self._not_before = now + LEFTOVER_RETRY_S
-        self.due_at = now
+        self.due_at = max(now, self.due_at or now)
 
     def _on_device_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
         if self.wanted.run != "run" or (self._link is not None and self._link.pairs):
             return
+        if self._is_dial_due(now + READY_S):  # it ended before it could dial
+            self._tell_dial()
         if ending.kind in _TRIGGERS:
             self._on_final(ending, now)
         elif ending.kind in (EndingKind.LOST, EndingKind.CRASHED):

@@ -26,7 +26,7 @@ COOLDOWN_JITTER = 0.1  # of the cool-down, at most; it is never shorter than sai
 
 CANARY_EVERY_S = 10.0
 DIALS_AT_ONCE = 8
-DIAL_SPACING_S = 0.1
+DIAL_SPACING_S = 0.05
 
 # What an outage of the host's uplink looks like from one session.
 _OUTAGE_REASONS = frozenset(

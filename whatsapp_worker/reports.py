@@ -27,6 +27,7 @@ MAX_LINE = 1_048_576  # bytes; a longer line is no report of ours
 #              threads sent idle queue{state,reason,until,depth}
 #   failure    breaker failures and other facts that the supervisor keeps or alerts on:
 #              kind + details
+#   leaving                     it is over, and the send in hand gets its time
 #   ended      ending: {kind, reason, detail, until} (endings.Ending.report); the last word
 # Supervisor to device, under the key "order":
 #   stop       drain_s          leave after the send in hand

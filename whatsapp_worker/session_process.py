@@ -85,9 +85,11 @@ class SessionProcess:
                 self.login_at = now
             case "heartbeat":
                 self.heartbeat = report
+            case "leaving":
+                self.ended_at = now
             case "ended":
                 self.said = Ending.from_report(report.get("ending") or {})
-                self.ended_at = now
+                self.ended_at = self.ended_at or now
 
     def has_vanished(self, now: float) -> bool:
         """Whether it is dead and nobody says so: its parent does not reap."""

@@ -212,14 +212,17 @@ class Supervisor:
                 os.read(self._wake_read, 4096)
 
     def _nap_s(self) -> float:
-        """Until the next dial, a tick at most."""
+        """Until the next process is due, a tick at most; shorter while some wait at the gate."""
         now = time.monotonic()
-        due = [
-            session.due_at - now
-            for session in self._managed.values()
-            if session.due_at is not None and session.process is None and session.due_at > now
-        ]
-        return max(0.0, min([TICK_S, *due]))
+        ready = (
+            session.ready_at for session in self._managed.values() if not self._is_held(session)
+        )
+        waits = (at - now for at in ready if at is not None)
+        return max(reconnect.DIAL_SPACING_S, min(TICK_S, min(waits, default=TICK_S)))
+
+    def _is_held(self, session: ManagedSession) -> bool:
+        """Whether it leaves its dials to the canary."""
+        return self._is_outage and session.standing.is_cut_off
 
     # Children
 
@@ -307,8 +310,9 @@ class Supervisor:
             session.hear(now)  # its last word may still lie in the channel
         self._forget(run)
         if session is not None and session.process is run:
-            was_locked = status is not None and os.waitstatus_to_exitcode(status) == Exit.LOCKED
-            session.on_exit(run.ending(status), was_locked=was_locked, now=now)
+            code = None if status is None else os.waitstatus_to_exitcode(status)
+            run.was_forced |= code == Exit.NOT_DRAINED
+            session.on_exit(run.ending(status), was_locked=code == Exit.LOCKED, now=now)
 
     def _forget(self, run: SessionProcess) -> None:
         del self._processes[run.run]
@@ -449,8 +453,7 @@ class Supervisor:
     def admits_dial(self, session: str) -> bool:
         if self._helper is None or not self._helper.is_ready:
             return False
-        managed = self._managed.get(session)
-        if self._is_outage and managed is not None and managed.standing.is_cut_off:
+        if session in self._managed and self._is_held(self._managed[session]):
             return False
         dialling = sum(run.is_dialling for run in self._processes.values())
         return self._gate.admit(now=time.monotonic(), dialling=dialling)

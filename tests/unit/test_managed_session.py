@@ -170,11 +170,12 @@ def test_a_loss_is_followed_by_attempts_after_3_6_12_s_then_failed_then_the_cool
     play.start()
     for wait_s in (3, 6, 12):
         assert play.exit(LOST) is State.RECONNECTING
-        dials = len(play.kinds)
-        play.tick(wait_s - 0.01)
-        assert len(play.kinds) == dials, "it dialled too early"
+        lost_at, dials = play.host.now, len(play.kinds)
+        play.tick(wait_s - 1)
+        assert len(play.kinds) == dials
+        assert play.tick(0.99) is State.RECONNECTING
+        assert play.host.spawned[dials:] == [("device", {"dial_at": lost_at + wait_s})]
         assert play.tick(0.02) is State.CONNECTING
-        assert len(play.kinds) == dials + 1
     assert play.exit(LOST) is State.FAILED
     assert play.saved.reason == "wa-connection-failed"
     dials = len(play.kinds)
@@ -182,6 +183,14 @@ def test_a_loss_is_followed_by_attempts_after_3_6_12_s_then_failed_then_the_cool
     assert len(play.kinds) == dials
     play.tick(8)
     assert play.session.state is State.CONNECTING
+
+
+def test_a_process_that_gets_ready_early_and_dies_counts_as_an_attempt(play: Play) -> None:
+    play.start()
+    play.exit(LOST)
+    play.tick(2.9)
+    assert play.exit(None, status=9) is State.RECONNECTING
+    assert play.session.record.attempt == 2
 
 
 def test_an_operators_command_ends_the_wait(play: Play) -> None:
