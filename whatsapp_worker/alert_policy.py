@@ -38,7 +38,8 @@ class Alert:
         session: Empty for an alert of the host.
         tags: Short words to search by.
         context: JSON data to read.
-        is_lasting: True until a closing alert. Held back, it is told when its time has come.
+        is_lasting: Stays true, until a closing alert if there is one. Held back, it is told when
+            its time has come; of several the last.
         closes: The key of the lasting alert that this one ends; told only if that one was.
         at: UTC seconds.
     """
@@ -140,6 +141,7 @@ def message_unknown(session: str, *, message_ids: Sequence[str], older_than_s: f
         key=f"message.unknown {session}",
         session=session,
         context={"count": len(message_ids), "message_ids": list(message_ids)},
+        is_lasting=True,
     )
 
 
@@ -153,6 +155,7 @@ def job_poisoned(session: str, *, job_id: str, problem: str) -> Alert:
         key=f"job.poisoned {session}",
         session=session,
         context={"job_id": job_id, "problem": problem},
+        is_lasting=True,
     )
 
 
