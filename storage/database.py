@@ -108,6 +108,11 @@ class Database:
         with self._call() as transaction:
             return transaction.fetch(statement, parameters)
 
+    def change(self, statement: Statement, parameters: Parameters) -> int:
+        """One statement that is a transaction by itself; the number of rows that it changed."""
+        with self._call() as transaction:
+            return transaction.execute(statement, parameters)
+
     @contextlib.contextmanager
     def _call(self) -> Iterator["Transaction"]:
         """One thread's turn on a connection that works, bounded in time."""
@@ -193,7 +198,7 @@ class Database:
             if code & 0xFF in _SQLITE_BROKEN:
                 raise LedgerBroken(f"{self} is damaged: {error}") from error
             raise LedgerUnavailable(f"{self}: {error}") from error
-        except (sa.exc.SQLAlchemyError, self.engine.dialect.loaded_dbapi.Error, OSError) as error:
+        except (sa.exc.DBAPIError, self.engine.dialect.loaded_dbapi.Error, OSError) as error:
             raise LedgerUnavailable(f"{self}: {_first_line(error)}") from error
 
 

@@ -149,10 +149,11 @@ def test_settling_one_and_claiming_the_next_is_one_commit(ledger: Ledger) -> Non
         ledger.claim(a_claim("m2"), secret=broken, settle=sent)
     assert [row.message_id for row in ledger.sending()] == ["m1"]
     assert ledger.claim(a_claim("m2"), secret=secret, settle=sent) == Claimed(1, secret(1))
-    assert [row.message_id for row in ledger.sending()] == ["m2"]
-    row = ledger.find("m1")
-    assert row is not None
+    (row,) = ledger.sending()
+    assert (row.message_id, row.secret, row.claimed_at) == ("m2", secret(1), 1.0)
+    row = ledger.find("m1")  # type: ignore[assignment]
     assert (row.status, row.wa_message_id, row.wa_id, row.sent_at) == ("sent", "WA1", "55", 2.0)
+    assert (row.secret, row.attempt, row.content_hash) == (None, 1, "hash")
 
 
 def test_the_settlement_counts_though_the_claim_is_refused(ledger: Ledger) -> None:
