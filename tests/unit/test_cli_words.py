@@ -11,6 +11,7 @@ from whatsapp_worker.cli import arguments, main
 
 COMMANDS = ["run", "events", "sandbox", "demo", "link", "status", "start", "stop", "restart"]
 COMMANDS += ["logout", "delete", "send", "messages", "settings", "health", "logs"]
+COMMANDS += ["maintenance", "purge", "doctor", "session"]
 
 
 def test_help_names_every_command_exit_code_and_the_main_variables(capsys):
@@ -32,7 +33,12 @@ def test_every_command_explains_itself(command, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_served_by_a_function_that_exists(command):
-    words = {"messages": ["list", "s"], "send": ["s", "1", "t"], "link": ["s"]}.get(command, [])
+    words = {
+        "messages": ["list", "s"],
+        "session": ["import", "f"],
+        "send": ["s", "1", "t"],
+        "link": ["s"],
+    }.get(command, [])
     operations = ("start", "stop", "restart", "logout", "delete")
     options = arguments.parser().parse_args(
         [command, *words, *(["--all"] if command in operations else [])]

@@ -9,7 +9,9 @@ import pytest
 from whatsapp_worker.cli import arguments
 from whatsapp_worker.settings import Settings
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PATH = Path(__file__).parents[2] / "README.md"
+README = PATH.read_text()
+BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
 COMMANDS = [
     line.strip().removeprefix(".venv/bin/").split("   ")[0]
@@ -31,8 +33,8 @@ def settings_table() -> str:
 
 
 def test_the_table_of_settings_is_that_of_the_program():
-    shown = README.partition("<!-- settings -->")[2].partition("<!-- /settings -->")[0]
-    assert shown.strip() == settings_table(), "put this into the README:\n" + settings_table()
+    shown = README.partition(BEGIN)[2].partition(END)[0]
+    assert shown.strip() == settings_table(), "run: python tests/unit/test_readme.py"
 
 
 @pytest.mark.parametrize(("code", "meaning"), arguments.EXIT_CODES.items())
@@ -49,3 +51,8 @@ def test_every_command_shown_is_one(command):
 
 def test_commands_were_found_in_the_readme():
     assert len(COMMANDS) > 10
+
+
+if __name__ == "__main__":
+    before, _, rest = README.partition(BEGIN)
+    PATH.write_text(f"{before}{BEGIN}\n{settings_table()}\n{END}{rest.partition(END)[2]}")

@@ -72,13 +72,20 @@ def _processes(commands: Any) -> None:
     run.add_argument(
         "--all",
         action="store_true",
-        help="also run the events process as a child, for hosts without a process manager",
+        help="also run the events and maintenance processes, for hosts without a process manager",
     )
     _command(
         commands,
         "events",
         "processes:events",
         "Write delivery and read receipts from the stream wa:events into the ledger.",
+        serves=True,
+    )
+    _command(
+        commands,
+        "maintenance",
+        "processes:maintenance",
+        "Run the periodic jobs of this host: the purge.",
         serves=True,
     )
     sandbox = _command(
@@ -150,11 +157,38 @@ def _sessions(commands: Any) -> None:
         ("restart", "End the device process after the send in hand, and start the next."),
         ("logout", "Log the device out at WhatsApp; only linking again helps afterwards."),
     ):
-        _operation(commands, name, about)
+        made = _operation(commands, name, about)
+        if name == "start":
+            made.add_argument(
+                "--force", action="store_true", help="run it though it was exported to another host"
+            )
     delete = _operation(
         commands, "delete", "Log out and remove a session for good; its queued messages fail."
     )
     delete.add_argument("--yes", action="store_true", help="do not ask")
+    _transfer(commands)
+
+
+def _transfer(commands: Any) -> None:
+    session = _command(
+        commands,
+        "session",
+        "upkeep:export_session",
+        "Move a session to another host in one encrypted file, without a new QR code.",
+        examples=["session export sales sales.session", "session import sales.session"],
+    )
+    kinds = session.add_subparsers(dest="kind", required=True, metavar="export|import")
+    out = kinds.add_parser("export", help="write a stopped session into a new file")
+    out.set_defaults(serve="upkeep:export_session")
+    _session(out)
+    into = kinds.add_parser("import", help="make a session of such a file")
+    into.set_defaults(serve="upkeep:import_session")
+    into.add_argument("--as", dest="name", metavar="SESSION", help="another id than it had")
+    for made in (out, into):
+        made.add_argument("file", metavar="FILE", help="the encrypted file")
+        _common(made)
+        _json(made, "one JSON line")
+        made.epilog = "The passphrase is asked for, or taken from SESSION_PASSPHRASE."
 
 
 def _operation(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
@@ -215,6 +249,24 @@ def _messages(commands: Any) -> None:
 
 
 def _looking(commands: Any) -> None:
+    purge = _command(
+        commands,
+        "purge",
+        "upkeep:purge",
+        "Remove what nobody needs any more, now; the maintenance process does it by itself.",
+        examples=["purge --dry-run"],
+    )
+    purge.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    _json(purge, "print what was removed as one JSON line")
+    doctor = _command(
+        commands,
+        "doctor",
+        "upkeep:doctor",
+        "Check all that the worker stands on, and say what to do; exit code 1 for a problem.",
+        examples=["doctor", "doctor --fix"],
+    )
+    doctor.add_argument("--fix", action="store_true", help="mend what is safe to mend")
+    _json(doctor, "one JSON line a check")
     health = _command(
         commands,
         "health",

@@ -213,8 +213,8 @@ class Demo:
             if isinstance(word, Code):
                 print("\n".join(drawing(word, colours=has_colours(sys.stdout))), flush=True)
                 print(
-                    f"That is what an admin scans ({word.expires_in_s:.0f} s left, then the next)."
-                    f" Now the sandbox's simulated phone +{PHONE} scans it:"
+                    f"An admin has {word.expires_in_s:.0f} s to scan it, then comes the next one."
+                    f" Now a simulated phone scans it, +{PHONE}:"
                 )
                 self._control.scan(word.code, phone=PHONE)
                 scanned = True
@@ -242,7 +242,7 @@ class Demo:
         """Enqueue one message and follow it until the contact has decrypted it."""
         begun_at = time.monotonic()
         job = demo_crm.enqueue(self._redis, message_id, f"+{CONTACT}", text)
-        line = f"   {message_id}  {_word(str(job.get_status().value), begun_at)}"
+        line = f"   {message_id}  {_word(str(job.get_status(refresh=False).value), begun_at)}"
         print(line, end="", flush=True)
         for event in ("message.sent", "message.delivered"):
             self._await(f"{event} of {message_id}", partial(self._heard, event, message_id))

@@ -52,7 +52,7 @@ class Operation:
 
 def start(options: Options, settings: Settings) -> int:
     """Serve `start`."""
-    return _operate(options, settings, _start(settings))
+    return _operate(options, settings, _start(settings, force=options.force))
 
 
 def stop(options: Options, settings: Settings) -> int:
@@ -111,7 +111,11 @@ def delete(options: Options, settings: Settings) -> int:
     return _operate(options, settings, operation)
 
 
-def _start(settings: Settings) -> Operation:
+def _start(settings: Settings, *, force: bool = False) -> Operation:
+    def change(wanted: Wanted) -> Wanted:
+        exported_at = None if force else wanted.exported_at
+        return dataclasses.replace(wanted, run="run", exported_at=exported_at, why="start")
+
     def judge(before: StateRecord | None, now: StateRecord | None) -> bool | None:
         if now is None:
             return False
@@ -123,7 +127,7 @@ def _start(settings: Settings) -> Operation:
 
     return Operation(
         "start",
-        lambda wanted: dataclasses.replace(wanted, run="run", why="start"),
+        change,
         judge,
         settings.connect_timeout_s + _SLACK_S,
     )

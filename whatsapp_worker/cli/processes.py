@@ -1,4 +1,4 @@
-"""The commands that are processes: run, events, sandbox, demo."""
+"""The commands that are processes: run, events, maintenance, sandbox, demo."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ def run(options: Options, settings: Settings) -> int:
     """Serve `run`: the supervisor, in the foreground."""
     from whatsapp_worker import supervisor
 
-    return supervisor.run(settings, also=["events"] if options.all else [])
+    return supervisor.run(settings, also=["events", "maintenance"] if options.all else [])
 
 
 def events(options: Options, settings: Settings) -> int:
@@ -21,6 +21,13 @@ def events(options: Options, settings: Settings) -> int:
     from whatsapp_worker import events
 
     return events.run(settings)
+
+
+def maintenance(options: Options, settings: Settings) -> int:
+    """Serve `maintenance`: the RQ worker of this host's periodic jobs."""
+    from whatsapp_worker import maintenance
+
+    return maintenance.run(settings)
 
 
 def demo(options: Options, settings: Settings) -> int:
