@@ -125,6 +125,17 @@ def test_codes_that_expired_end_the_attempt_at_once(bench):
     assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.QR_EXPIRED)
 
 
+def test_a_pairing_code_links_without_a_camera(bench):
+    session = unique("typed")
+    bench.create(session)
+    pairing = bench.start("pairing", session, method="phone", phone="5511970000003")
+    code = pairing.expect("code")["code"]
+    assert len(code) == 9 and code[4] == "-"
+    bench.control.enter_code(code, "5511970000003")
+    assert pairing.expect("paired")["phone"] == "5511970000003"
+    assert pairing.ended()[0].kind is EndingKind.LINKED
+
+
 def test_a_link_attempt_ends_at_its_deadline(bench):
     session = unique("slow")
     bench.create(session)
@@ -362,6 +373,38 @@ def test_an_order_to_stop_is_obeyed_at_once_when_idle(bench):
     ending, code = device.ended()
     assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
     assert time.monotonic() - asked < 2
+
+
+def test_a_send_that_outlasts_its_time_is_left_to_the_next_process(bench):
+    session = unique("late")
+    phone = bench.link(session)
+    bench.control.send_fault("no_ack", phone, count=1)
+    device = bench.connect(session)
+    job = bench.world.enqueue(session, "5511911119999", "no answer", "m1")
+    eventually(lambda: _messages(bench, "no answer"))
+    asked = time.monotonic()
+    device.order("stop", drain_s=0.5)
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.NOT_DRAINED)
+    assert time.monotonic() - asked < 3.5
+    bench.connect(session)
+    assert bench.world.await_outcomes([job])[0]["status"] == "unknown"
+    assert len(_messages(bench, "no answer")) == 1
+
+
+def test_a_process_that_waits_for_redis_hears_its_supervisor(bench):
+    session = unique("noredis")
+    bench.link(session)
+    nowhere = {"REDIS_URL": "redis://127.0.0.1:1/0"}
+    device = bench.start("device", session, settings=nowhere)
+    device.expect("heartbeat")
+    device.order("stop", drain_s=1)
+    ending, code = device.ended()
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
+    orphan = bench.start("device", session, settings=nowhere)
+    orphan.expect("heartbeat")
+    orphan.hang_up()
+    assert orphan.wait(5) == Exit.ORPHANED
 
 
 def test_an_order_to_log_out_removes_the_device_from_the_phone(bench):
