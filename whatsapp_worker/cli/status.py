@@ -12,10 +12,12 @@ from whatsapp_worker.cli import host as hosts
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import columns, duration, emit, moment, paint, printable
+from whatsapp_worker.history import History
 from whatsapp_worker.session import State
 from whatsapp_worker.settings import Settings
 
 WATCH_S = 1.0
+HISTORY_LINES = 15
 _NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
 _STARTING = "The supervisor has not taken it up yet."
 # States that are only true while a supervisor runs.
@@ -39,6 +41,12 @@ def status(options: Options, settings: Settings) -> int:
         return _watch(options, host)
     print_status(options, gather(host, options.session))
     return 0
+
+
+def _history(host: Host, session: str) -> list[dict[str, Any]]:
+    """What happened to it lately, oldest first."""
+    folder, limit = host.sessions.folder(session), host.settings.history_events
+    return History(folder, limit=limit).read(now=time.time())
 
 
 def print_status(options: Options, found: dict[str, Any]) -> None:
@@ -68,19 +76,24 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
 
     Args:
         host: Of which host.
-        session: Only this one.
+        session: Only this one, with its history.
     """
     supervisor = host.supervisor()
     redis = hosts.check_redis(host)
+    alive = supervisor.alive
     names = [session] if session else host.sessions.ids()
     depths = _depths(host, names) if redis["ok"] else {}
     return {
-        "supervisor": {"alive": supervisor.alive, "pid": supervisor.pid},
+        "supervisor": {"alive": alive, "pid": supervisor.pid},
         "redis": redis,
         "database": hosts.check_database(host.settings),
         "network": host.settings.network,
-        "data_dir": str(host.settings.data_dir),
-        "sessions": [_row(host, name, supervisor.alive, depths.get(name)) for name in names],
+        "data_dir": str(host.settings.data_dir.absolute()),
+        "sessions": [
+            _row(host, name, alive, depths.get(name))
+            | ({"history": _history(host, name)} if session else {})
+            for name in names
+        ],
     }
 
 
@@ -278,7 +291,24 @@ def _in_full(row: dict[str, Any]) -> list[str]:
         ("proof of life", _age_words(row["proof_of_life_age_s"])),
     ]
     shown += [(name, printable(value)) for name, value in optional if value]
-    return columns(shown)
+    return columns(shown) + _past(row.get("history") or [])
+
+
+def _past(history: list[dict[str, Any]]) -> list[str]:
+    """The last events, one a line."""
+    if not history:
+        return []
+    rows = [
+        (moment(event["at"]), str(event.get("event")), _facts_words(event))
+        for event in history[-HISTORY_LINES:]
+    ]
+    return ["", paint("lately", "dim"), *columns(rows)]
+
+
+def _facts_words(event: dict[str, Any]) -> str:
+    hidden = ("at", "event", "sentence", "next_attempt_at")
+    facts = {k: v for k, v in event.items() if k not in hidden and v}
+    return printable(" ".join(f"{name}={value}" for name, value in facts.items()))
 
 
 def _attempt_words(row: dict[str, Any]) -> str | None:
