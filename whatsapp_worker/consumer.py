@@ -7,6 +7,7 @@ One message, step by step; a process killed between any two of them loses nothin
 
     pop       Redis    queue to limbo list; while the message before is under way
     claim     ledger   row `sending` with the attempt's secret; one commit with settling the last
+    prepare   Internet a file is fetched and uploaded; text and most other types need none of it
     send      WhatsApp
     note      Redis    the outcome into the job's meta
     settle    ledger   the row's outcome; one commit with claiming the next
@@ -16,14 +17,14 @@ One message, step by step; a process killed between any two of them loses nothin
 import contextlib
 import logging
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import tenacity
 from redis.exceptions import RedisError
 
 from storage.errors import StorageError
@@ -38,13 +39,19 @@ from storage.ledger import (
     Settlement,
     Unsettled,
 )
+from whatsapp_worker import recovery
+from whatsapp_worker.breakers import Breaker, Phase
+from whatsapp_worker.content import needs_preparing
 from whatsapp_worker.device import SendAck, SendFailed
-from whatsapp_worker.event_names import Status
+from whatsapp_worker.errors import MediaFailed
+from whatsapp_worker.event_names import Event, Status
 from whatsapp_worker.keys import message_secret, number_hash
 from whatsapp_worker.message import Outgoing
+from whatsapp_worker.message_breaker import MessageBreaker
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.rq_job import Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
+from whatsapp_worker.sender import Sender
 from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -54,21 +61,19 @@ _T = TypeVar("_T")
 _IDLE_WAIT_S = 1.0  # between two turns of an idle loop
 _LOOK_S = 0.25  # between two looks at `stop` while a send is under way
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 900.0  # after WhatsApp asked for one
 _TIDY_S = 60.0
-_DEPTH_S = 2.0
-MAX_RELEASES = 10  # a message that ends its process before it is handed over, again and again
-
-# A row `failed` with one of these was certainly never sent, and its job waits at the head.
-NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
-NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
-_RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED)
-HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
+_DEPTH_S = 1.0
 
 
 class Send(Protocol):
     """`Device.send`: blocks; raises SendFailed."""
 
     def __call__(self, recipient: str, content: Mapping[str, Any], secret: bytes, /) -> SendAck: ...
+
+
+Prepare = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # `Device.prepare`
 
 
 class Ending(StrEnum):
@@ -81,6 +86,20 @@ class Ending(StrEnum):
     SEND_UNSURE = "send-unsure"  # a send failed and may have reached WhatsApp: recovery looks
     NOT_CONNECTED = "not-connected"  # neonize refused to send: this connection is gone
     LOGGED_OUT = "logged-out"  # neonize has no credentials any more
+
+
+# Failures after which nothing can be sent on this connection.
+_ENDINGS = {
+    Kind.UNSURE: Ending.SEND_UNSURE,
+    Kind.NOT_CONNECTED: Ending.NOT_CONNECTED,
+    Kind.LOGGED_OUT: Ending.LOGGED_OUT,
+}
+
+
+class Prepare(Protocol):
+    """`Device.prepare`: fetches what a content points at; raises MediaFailed, SendFailed."""
+
+    def __call__(self, content: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
 
 class _Stopping(Exception):
@@ -102,6 +121,14 @@ class _Known:
     finished: Finished
 
 
+class _Released(Exception):
+    """The message in hand was put back; the loop goes on."""
+
+
+class _Again(Exception):
+    """WhatsApp refused the message for the moment."""
+
+
 class Consumer:
     """Sends what is queued for one session, one message at a time."""
 
@@ -115,18 +142,27 @@ class Consumer:
         install_key: bytes,
         settings: Settings,
         on_sent: Callable[[str, str], None] | None = None,
+        prepare: Prepare | None = None,
+        probe: Callable[[], object] | None = None,
+        breaker_file: Path | None = None,
+        on_breaker: Callable[[Event, Mapping[str, Any]], None] | None = None,
     ) -> None:
-        """Nothing is touched yet.
+        """Reads the breaker's file; nothing else is touched yet.
 
         Args:
             session: Its id.
-            send: `Device.send`; called on a thread of its own.
+            send: `Device.send`; called on a thread of its own, as are prepare and probe.
             ledger: Open.
             outbox: The session's queues.
             install_key: `Sessions.install_key()`.
             settings: SEND_TIMEOUT_S, SEND_RETRIES ...
             on_sent: Called with (WhatsApp's id, message id) of every acknowledged message, on
                 the thread that runs `run`: `FactWriter.sent`.
+            prepare: `Device.prepare`, for messages that need it.
+            probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
+            breaker_file: Where the message breaker's count outlives this process.
+            on_breaker: Told of `breaker.opened` and `breaker.closed`, for the supervisor's alert;
+                the stream is told here.
         """
         self.session = session
         self.progressed_at = time.monotonic()  # of the last tick; a ticking wait is progress
@@ -136,7 +172,11 @@ class Consumer:
         self._install_key = install_key
         self._settings = settings
         self._on_sent = on_sent
-        self._sender = _Sender(send)
+        self._send = send
+        self._prepare = prepare
+        self._probe = probe
+        self._on_breaker = on_breaker
+        self._sender: Sender[Any] = Sender()
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
@@ -144,6 +184,16 @@ class Consumer:
         self._finished: list[Finished] = []  # in the ledger, not yet finished in Redis
         self._in_flight = False
         self._trouble = ""  # "redis" or "database" while one of them does not answer
+        self._redis_rest_s = _FIRST_REST_S
+        self._pause_s = _FIRST_PAUSE_S
+        self._paused_until = 0.0  # UTC seconds
+        self._database = Breaker()
+        self._breaker = MessageBreaker(
+            breaker_file,
+            threshold=settings.msg_failure_threshold,
+            reset_s=settings.msg_reset_s,
+            tell=self._tell_breaker,
+        )
         self._depth = 0
         self._looked_at = self._tidied_at = 0.0
 
@@ -165,15 +215,24 @@ class Consumer:
 
     def queue_state(self) -> dict[str, Any]:
         """For the heartbeat: {"state", "reason", "until", "depth"}; from any thread, no I/O."""
-        state = "running" if self._depth or not self.is_idle else "idle"
+        state, reason, until = self._resting()
+        return {"state": state, "reason": reason, "until": until, "depth": self._depth}
+
+    def _resting(self) -> tuple[str, str | None, float | None]:
+        if self._trouble == "database":
+            return "database", "the ledger's database does not answer", None
         if self._trouble:
-            state = "database" if self._trouble == "database" else "paused"
-        reason = f"{self._trouble} does not answer" if self._trouble else None
-        return {"state": state, "reason": reason, "until": None, "depth": self._depth}
+            return "paused", "Redis does not answer", None
+        if self._breaker.phase() is Phase.OPEN:
+            return "breaker", "sends failed again and again", self._breaker.until
+        if self._paused_until > time.time():
+            return "paused", recovery.PAUSED, self._paused_until
+        is_busy = bool(self._depth) or not self.is_idle
+        return "running" if is_busy else "idle", None, None
 
     # Before connecting
 
-    def recover(self, handed_over: Callable[[Iterable[bytes]], Mapping[bytes, str]]) -> bool:
+    def recover(self, handed_over: recovery.HandedOver) -> bool:
         """Settle what an earlier process left. Before connecting, under the session's lock.
 
         Waits, ticking, for Redis and the database to come back, until `stop` is called.
@@ -189,76 +248,17 @@ class Consumer:
         """
         while True:
             try:
-                self._with_ledger(lambda: self._recover(handed_over))
+                self._with_ledger(
+                    lambda: recovery.recover(
+                        ledger=self._ledger, outbox=self._outbox, handed_over=handed_over
+                    )
+                )
                 return True
             except RedisError as error:
                 if not self._waited_for_redis(error, self._outbox.ping):
                     return False
             except _Stopping:
                 return False
-
-    def _recover(self, handed_over: Callable[[Iterable[bytes]], Mapping[bytes, str]]) -> None:
-        """Every step can be repeated: a process killed here leaves the rest to the next."""
-        rows = self._ledger.sending()
-        jobs = self._outbox.limbo()
-        found = handed_over([row.secret for row in rows if row.secret])
-        released = []
-        for row in rows:
-            settlement = self._judge_left(row, jobs, found)
-            if settlement is None:
-                released.append(row)
-            else:
-                self._ledger.settle(settlement)
-        self._outbox.exchange(list(self._settled_among(jobs)), pop=False)
-        self._outbox.resync()
-        # Only now: a row that is `failed` while its job is in limbo would count as its outcome.
-        for row in released:
-            error = NOT_HANDED_OVER if self._outbox.job_exists(row.job_id) else "its job is gone"
-            self._ledger.settle(
-                Settlement(row.message_id, Status.FAILED, error=error, at=time.time())
-            )
-        if rows or jobs:
-            log.info(
-                "consumer.recovered",
-                extra={
-                    "session": self.session,
-                    "rows": len(rows),
-                    "released": len(released),
-                    "jobs": len(jobs),
-                },
-            )
-
-    def _judge_left(
-        self, row: Row, jobs: Iterable[Job], found: Mapping[bytes, str]
-    ) -> Settlement | None:
-        """What became of a row that was left `sending`; None when it was never handed over."""
-        for job in jobs:
-            noted = job.outcome
-            if job.id == row.job_id and noted and noted.claimed_at == row.claimed_at:
-                return _settlement(row.message_id, noted)
-        wa_message_id = found.get(row.secret) if row.secret else None
-        if wa_message_id is not None:
-            return Settlement(
-                row.message_id,
-                Status.UNKNOWN,
-                wa_message_id=wa_message_id,
-                error=HANDED_OVER,
-                at=time.time(),
-            )
-        former = self._ledger.attempts(row.message_id)
-        if sum(attempt.error == NOT_HANDED_OVER for attempt in former) < MAX_RELEASES:
-            return None
-        error = f"its process ended {MAX_RELEASES + 1} times before it was handed over"
-        return Settlement(row.message_id, Status.FAILED, error=error, at=time.time())
-
-    def _settled_among(self, jobs: Iterable[Job]) -> Iterable[Finished]:
-        """Those of the jobs left in limbo whose outcome the ledger knows."""
-        for job in jobs:
-            row = self._ledger.find(job.message_id) if job.message_id else None
-            if row is None or row.job_id != job.id or row.status == Status.SENDING:
-                continue
-            if row.status != Status.FAILED or row.error not in _RELEASED:
-                yield Finished(job, _outcome(row), row.attempt)
 
     # While connected
 
@@ -273,11 +273,14 @@ class Consumer:
             self._tick()
             try:
                 self._turn()
+                self._redis_rest_s = _FIRST_REST_S
             except RedisError as error:
                 if not self._waited_for_redis(error, self._resync):
                     break
             except _Stopping:
                 break
+            except _Released:
+                continue  # back at the head of its queue
             except _Leave as leave:
                 log.info("consumer.ended", extra={"session": self.session, "why": leave.ending})
                 return leave.ending
@@ -285,8 +288,11 @@ class Consumer:
         return Ending.STOPPED
 
     def _turn(self) -> None:
-        """Bring one message from the queue to WhatsApp, or wait for one."""
+        """Bring one message from the queue to WhatsApp, or wait."""
         self._look_around()
+        if self._has_to_rest():
+            self._lie_down()
+            return
         job = self._outbox.next()
         if job is None:
             self._settle()
@@ -295,29 +301,58 @@ class Consumer:
             else:
                 self._outbox.wait(_IDLE_WAIT_S, wake=self._wake)
             return
-        outcome = self._judge(job)
-        if outcome is not None:
+        finished = self._judge(job)
+        if finished is not None:
             self._settle()
-            self._finish(Finished(job, outcome))
-            return
-        self._claim_and_send(job)
+            self._finish(finished)
+        elif job.order is not None and (job.order.send_at or 0.0) > time.time():
+            self._settle()
+            self._outbox.defer(job, job.order.send_at or 0.0)
+        else:
+            self._deliver(job)
 
-    def _judge(self, job: Job) -> Outcome | None:
+    def _has_to_rest(self) -> bool:
+        """Whether nothing may be sent now. A half-open breaker asks WhatsApp first."""
+        if self._paused_until > time.time():
+            return True
+        phase = self._breaker.phase()
+        if phase is Phase.HALF_OPEN and self._probe is not None:
+            answer = self._call(self._probe)
+            if isinstance(answer, Exception):
+                self._breaker.failed("probe")
+                phase = Phase.OPEN
+        return phase is Phase.OPEN
+
+    def _lie_down(self) -> None:
+        """Wait for a moment with every job at the head of its queue."""
+        self._settle()
+        if self._finished:
+            self._flush(pop=False)
+        if self._outbox.is_holding:
+            self._outbox.resync()
+        if not self._rested(_IDLE_WAIT_S):
+            raise _Stopping
+
+    def _judge(self, job: Job) -> Finished | None:
         """How a job ends that is not to be sent; None when it is."""
-        if job.is_settled:
-            return job.outcome
-        if job.problem is not None:
+        if job.is_settled and job.outcome is not None:
+            return Finished(job, job.outcome)
+        if job.order is None:
             return self._refuse(job)
         if job.is_cancelled:
-            return Outcome(Status.CANCELLED, error="its job was cancelled")
+            return self._record(job, Status.CANCELLED, "its job was cancelled")
+        deadline = job.order.deadline(job.enqueued_at)
+        if deadline is not None and deadline <= time.time():
+            return self._record(job, Status.EXPIRED, "its time was over before it could be sent")
         return None
 
-    def _refuse(self, job: Job) -> Outcome:
+    def _refuse(self, job: Job) -> Finished:
         row = self._first_outcome(job) if job.content_hash and job.message_id else None
         if row is not None:
-            return _outcome(row)
+            return Finished(job, recovery.outcome(row), row.attempt)
         log.warning("job.refused", extra={"session": self.session, "job": job.id})
-        return Outcome(Status.FAILED, error=f"{type(job.problem).__name__}: {job.problem}")
+        error = f"{type(job.problem).__name__}: {job.problem}"
+        return Finished(job, Outcome(Status.FAILED, error=error))
 
     def _first_outcome(self, job: Job) -> Row | None:
         """The settled row of a job whose text was wiped: somebody queued it again."""
@@ -325,27 +360,109 @@ class Consumer:
         is_same = row is not None and row.content_hash == job.content_hash
         return row if is_same and row and row.status != Status.SENDING else None
 
-    def _claim_and_send(self, job: Job) -> None:
+    def _record(self, job: Job, status: Status, error: str) -> Finished:
+        """End a message that was never sent, unless the ledger says that it was."""
+        claim = self._claim_of(job)
+        settlement = Settlement(claim.message_id, status, error=error, at=claim.now)
+        [row] = self._with_ledger(lambda: self._ledger.record([(claim, settlement)]))
+        if row.status == Status.SENDING:
+            raise _Leave(Ending.SEND_UNSURE)
+        return Finished(job, recovery.outcome(row), row.attempt)
+
+    def _deliver(self, job: Job) -> None:
+        """Send a message; again, after a short rest, where WhatsApp refuses for the moment."""
+        try:
+            content = self._prepared(job)
+            self._attempt(job, content)
+        except MediaFailed as error:
+            self._settle()
+            self._finish(self._record(job, Status.FAILED, str(error)))
+        except _Again:
+            self._try_again(job, content)
+
+    def _prepared(self, job: Job) -> Mapping[str, Any]:
+        """The content with what it points at; before the claim, since nothing is sent yet.
+
+        Raises:
+            MediaFailed: It cannot be had.
+        """
+        assert job.order is not None, "judged: it has no problem"
+        content = job.order.content
+        if self._prepare is None or not needs_preparing(content):
+            return content
+        self._settle()
+        prepare = self._prepare
+        prepared = self._call(lambda: prepare(content), timeout_s=None)
+        if isinstance(prepared, SendFailed):
+            kind = classify(str(prepared))
+            if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
+                self._put_down()
+                raise _Leave(_ENDINGS[kind])
+            raise MediaFailed(str(prepared))
+        if isinstance(prepared, Exception):
+            raise prepared if isinstance(prepared, MediaFailed) else MediaFailed(repr(prepared))
+        found: Mapping[str, Any] = prepared
+        return found
+
+    def _try_again(self, job: Job, content: Mapping[str, Any]) -> None:
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(max(1, self._settings.send_retries)),
+            wait=tenacity.wait_exponential(_FIRST_RETRY_S, _LONGEST_RETRY_S),
+            retry=tenacity.retry_if_exception_type(_Again),
+            retry_error_callback=lambda state: None,  # the last refusal is its outcome
+            sleep=self._sleep,
+        )
+
+        def attempt() -> None:
+            # Written at once: a process killed in the rest must not call it unknown.
+            known, self._known = self._known, None
+            if known is not None:
+                self._with_ledger(lambda: self._ledger.settle(known.settlement))
+            self._attempt(job, content)
+
+        if self._settings.send_retries:
+            self._sleep(_FIRST_RETRY_S)
+            retrying(attempt)
+
+    def _sleep(self, wait_s: float) -> None:
+        if not self._rested(wait_s):
+            raise _Stopping
+
+    def _attempt(self, job: Job, content: Mapping[str, Any]) -> None:
+        """Claim and send once.
+
+        Raises:
+            _Again: Certainly refused, for the moment; its outcome so far is known as failed.
+        """
+        claim = self._claim_of(job)
+        answer = self._claim(claim)
+        if isinstance(answer, Claimed):
+            self._hand_over(job, content, claim, answer)
+        elif isinstance(answer, Settled):
+            self._finish(Finished(job, recovery.outcome(answer.row), answer.row.attempt))
+        elif isinstance(answer, Conflict):
+            error = f"message_id: {claim.message_id!r:.80} was used before with other content"
+            self._finish(Finished(job, Outcome(Status.FAILED, error=error)))
+        elif isinstance(answer, Unsettled):
+            # Recovery left none, and we have none in hand: only it can tell what this is.
+            raise _Leave(Ending.SEND_UNSURE)
+
+    def _claim_of(self, job: Job) -> Claim:
         order = job.order
         assert order is not None, "judged: it has no problem"
-        claim = Claim(
+        return Claim(
             message_id=order.message_id,
             content_hash=order.content_hash,
             job_id=job.id,
             recipient_hash=number_hash(self._install_key, order.recipient.user),
             now=time.time(),
+            resend=order.on_unknown == "resend" and self._may_resend(job, order),
         )
-        answer = self._claim(claim)
-        if isinstance(answer, Claimed):
-            self._deliver(job, order, claim, answer)
-        elif isinstance(answer, Settled):
-            self._finish(Finished(job, _outcome(answer.row), answer.row.attempt))
-        elif isinstance(answer, Conflict):
-            error = f"message_id: {order.message_id!r:.80} was used before with other content"
-            self._finish(Finished(job, Outcome(Status.FAILED, error=error)))
-        elif isinstance(answer, Unsettled):
-            # Recovery left none, and we have none in hand: only it can tell what this is.
-            raise _Leave(Ending.SEND_UNSURE)
+
+    def _may_resend(self, job: Job, order: Outgoing) -> bool:
+        return self._with_ledger(
+            lambda: recovery.may_resend(job, self._ledger.find(order.message_id), self._ledger)
+        )
 
     def _claim(self, claim: Claim) -> Answer:
         """Claim, in one commit with settling the message before."""
@@ -360,25 +477,37 @@ class Consumer:
         self._mark_settled()
         return answer
 
-    def _deliver(self, job: Job, order: Outgoing, claim: Claim, claimed: Claimed) -> None:
+    def _hand_over(
+        self, job: Job, content: Mapping[str, Any], claim: Claim, claimed: Claimed
+    ) -> None:
         """Send what was claimed and, while the answer is awaited, do Redis's share of the work
         around it. What it comes to is known afterwards, but not yet settled."""
+        assert job.order is not None, "claimed"
+        recipient = job.order.recipient.jid
         deadline = time.monotonic() + self._settings.send_timeout_s
         self._in_flight = True
-        self._sender.begin(order.recipient.jid, order.content, claimed.secret)
+        self._sender.begin(lambda: self._send(recipient, content, claimed.secret))
         trouble = self._exchange(job)
         result = self._await_answer(deadline)
         self._in_flight = False
+        if result is None:
+            self._breaker.failed("no answer")
+            raise _Leave(Ending.SEND_HUNG)
+        kind: Kind | None = None
         if isinstance(result, SendAck):
             outcome = self._success(claim, result)
         else:
-            outcome = self._failure(claim, result)
+            kind = self._judge_failure(claim, result)
+            outcome = Outcome(Status.FAILED, error=str(result), claimed_at=claim.now)
         self._known = _Known(
-            _settlement(order.message_id, outcome), Finished(job, outcome, claimed.attempt)
+            recovery.settlement(claim.message_id, outcome),
+            Finished(job, outcome, claimed.attempt),
         )
         if trouble is not None:
             raise trouble
         self._outbox.note(job, outcome)
+        if kind is Kind.TRANSIENT:
+            raise _Again
 
     def _exchange(self, started: Job) -> RedisError | None:
         """Finish the message before and pop the next; an error can wait until the send is over."""
@@ -389,7 +518,25 @@ class Consumer:
         self._finished = []
         return None
 
-    def _await_answer(self, deadline: float) -> SendAck | Exception:
+    def _call(self, call: Callable[[], Any], *, timeout_s: float | None = 0.0) -> Any:
+        """Make a call that sends nothing; what it returned, or the exception that it raised.
+
+        Args:
+            timeout_s: SEND_TIMEOUT_S when 0; None for a call that bounds itself.
+
+        Raises:
+            _Leave: It did not come back in time, and the thread is lost with it.
+        """
+        self._sender.begin(call)
+        limit_s = self._settings.send_timeout_s if timeout_s is not None else float("inf")
+        answer = self._await_answer(time.monotonic() + limit_s)
+        if answer is None:
+            self._breaker.failed("probe")
+            raise _Leave(Ending.SEND_HUNG)
+        return answer
+
+    def _await_answer(self, deadline: float) -> Any:
+        """What the call in hand came to; None when it did not come back by the deadline."""
         while True:
             self._tick()
             stop_at = self._stop_at
@@ -398,43 +545,55 @@ class Consumer:
             if result is not None:
                 return result
             if time.monotonic() >= end:
-                is_hung = stop_at is None or end < stop_at
-                raise _Leave(Ending.SEND_HUNG if is_hung else Ending.NOT_DRAINED)
+                if stop_at is not None and stop_at < deadline:
+                    raise _Leave(Ending.NOT_DRAINED)
+                return None
 
     def _success(self, claim: Claim, ack: SendAck) -> Outcome:
         self.sent += 1
-        if self._on_sent is not None:
+        self._pause_s = _FIRST_PAUSE_S
+        self._breaker.succeeded()
+        if self._on_sent is not None and ack.wa_message_id:
             self._on_sent(ack.wa_message_id, claim.message_id)
         return Outcome(
             Status.SENT,
-            wa_message_id=ack.wa_message_id,
+            wa_message_id=ack.wa_message_id or None,
             wa_id=ack.wa_id,
             claimed_at=claim.now,
             sent_at=ack.at,
         )
 
-    def _failure(self, claim: Claim, error: Exception) -> Outcome:
-        """The outcome of a send that certainly failed.
+    def _judge_failure(self, claim: Claim, error: Exception) -> Kind:
+        """What kind of failure it is, where the message certainly was not sent.
 
         Raises:
             _Leave: It cannot be told, or nothing can be sent here any more.
         """
         kind = classify(str(error)) if isinstance(error, SendFailed) else Kind.UNSURE
         log.warning("message.send_failed", extra={"session": self.session, "kind": kind})
-        log.debug("message.send_error", extra={"session": self.session, "error": str(error)})
-        if kind is Kind.UNSURE:
-            raise _Leave(Ending.SEND_UNSURE)
+        log.debug("message.send_error", extra={"session": self.session, "error": repr(error)})
+        if kind.is_transport_fault:
+            self._breaker.failed(kind)
         if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
-            self._release(claim)
-            is_lost = kind is Kind.NOT_CONNECTED
-            raise _Leave(Ending.NOT_CONNECTED if is_lost else Ending.LOGGED_OUT)
-        return Outcome(Status.FAILED, error=str(error), claimed_at=claim.now)
+            self._release(claim, recovery.NOT_CONNECTED)
+        if kind in _ENDINGS:
+            raise _Leave(_ENDINGS[kind])
+        if kind is Kind.STOP_SENDING:
+            self._pause(claim)
+        return kind
 
-    def _release(self, claim: Claim) -> None:
+    def _pause(self, claim: Claim) -> None:
+        """WhatsApp wants this number to send less: rest, longer each time."""
+        self._paused_until = time.time() + self._pause_s
+        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+        extra = {"session": self.session, "until": self._paused_until}
+        log.warning("queue.paused", extra=extra)
+        self._release(claim, recovery.PAUSED)
+        raise _Released
+
+    def _release(self, claim: Claim, error: str) -> None:
         """The claimed message was not handed over: back to the head, to be claimed again."""
-        settlement = Settlement(
-            claim.message_id, Status.FAILED, error=NOT_CONNECTED, at=time.time()
-        )
+        settlement = Settlement(claim.message_id, Status.FAILED, error=error, at=time.time())
         self._with_ledger(lambda: self._ledger.settle(settlement))
         self._put_down()
 
@@ -479,16 +638,17 @@ class Consumer:
     def _waited_for_redis(self, error: RedisError, attempt: Callable[[], None]) -> bool:
         """Wait until the attempt succeeds; False when asked to stop first."""
         log.warning("consumer.redis_lost", extra={"session": self.session, "error": repr(error)})
-        rest_s = _FIRST_REST_S
         self._trouble = "redis"
         while True:
+            # Even the first time: what fails each turn anew must not become a busy loop.
+            if not self._rested(self._redis_rest_s):
+                return False
+            self._redis_rest_s = min(self._redis_rest_s * 2, _LONGEST_REST_S)
             try:
                 attempt()
                 break
             except RedisError:
-                if not self._rested(rest_s):
-                    return False
-                rest_s = min(rest_s * 2, _LONGEST_REST_S)
+                continue
             except _Stopping:
                 return False
         self._trouble = ""
@@ -501,24 +661,63 @@ class Consumer:
         self._outbox.resync(keep=[item.job for item in self._finished])
 
     def _with_ledger(self, call: Callable[[], _T]) -> _T:
-        """Repeat a ledger call, which is safe, until the database answers."""
+        """Repeat a ledger call, which is safe, until the database answers; its breaker spares a
+        database that is down.
+
+        Raises:
+            _Stopping: Asked to stop first.
+            StorageError: The ledger is broken or too new.
+        """
         rest_s = _FIRST_REST_S
         while True:
             try:
+                if self._database.opened_at is not None:
+                    self._ledger.probe()
                 result = call()
             except StorageError as error:
                 if not error.transient:
                     raise
-                if not self._trouble:
-                    extra = {"session": self.session, "error": str(error)}
-                    log.warning("consumer.database_lost", extra=extra)
-                self._trouble = "database"
-                if not self._rested(rest_s):
+                self._database_failed(error)
+                is_open = self._database.opened_at is not None
+                if not self._rested(self._settings.db_reset_s if is_open else rest_s):
                     raise _Stopping from None
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
             else:
-                self._trouble = ""
+                if self._trouble == "database":
+                    self._database_answers()
                 return result
+
+    def _database_failed(self, error: StorageError) -> None:
+        extra = {"session": self.session, "error": str(error)}
+        log.warning("consumer.database_lost", extra=extra)
+        self._trouble = "database"
+        was_open = self._database.opened_at is not None
+        threshold = self._settings.db_failure_threshold
+        failure = type(error).__name__
+        self._database = self._database.failed(time.time(), failure, threshold=threshold)
+        if self._database.opened_at is not None and not was_open:
+            facts = {
+                "breaker": "database",
+                "failure": failure,
+                "failures": [dict(last) for last in self._database.last],
+                "retry_after_s": self._settings.db_reset_s,
+            }
+            self._tell_breaker(Event.BREAKER_OPENED, facts)
+
+    def _database_answers(self) -> None:
+        self._trouble = ""
+        opened_at, self._database = self._database.opened_at, Breaker()
+        log.info("consumer.database_back", extra={"session": self.session})
+        if opened_at is not None:
+            facts = {"breaker": "database", "opened_at": opened_at}
+            self._tell_breaker(Event.BREAKER_CLOSED, facts)
+
+    def _tell_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:
+        log.warning(event, extra={"session": self.session, **facts})
+        if self._on_breaker is not None:
+            self._on_breaker(event, facts)
+        with contextlib.suppress(RedisError):  # down: the supervisor has been told all the same
+            self._outbox.tell(event, facts)
 
     def _rested(self, rest_s: float) -> bool:
         """Wait, ticking; False when asked to stop."""
@@ -542,6 +741,7 @@ class Consumer:
         now = time.monotonic()
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
+            self._outbox.move_due()
             self._depth = self._outbox.depth()
         if now - self._tidied_at >= _TIDY_S:
             self._tidied_at = now
@@ -549,58 +749,3 @@ class Consumer:
 
     def _secret(self, message_id: str, attempt: int) -> bytes:
         return message_secret(self._install_key, self.session, message_id, attempt)
-
-
-class _Sender(threading.Thread):
-    """Makes the calls that block, so that they can be given up; one at a time."""
-
-    def __init__(self, send: Send) -> None:
-        super().__init__(name="sender", daemon=True)
-        self._send = send
-        self._calls: queue.SimpleQueue[tuple[str, Mapping[str, Any], bytes]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[SendAck | Exception] = queue.SimpleQueue()
-        self._taken = threading.Semaphore(0)
-
-    def begin(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> None:
-        """Start a call. Waits until the thread has it: else the caller, who has work of its own,
-        would keep the interpreter from it for up to a switch interval (5 ms)."""
-        self._calls.put((recipient, content, secret))
-        self._taken.acquire()
-
-    def answer(self, timeout_s: float) -> SendAck | Exception | None:
-        """What the call returned or raised; None while it has not."""
-        try:
-            return self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-
-    def run(self) -> None:
-        while True:
-            call = self._calls.get()
-            self._taken.release()
-            try:
-                self._answers.put(self._send(*call))
-            except Exception as error:
-                self._answers.put(error)
-
-
-def _settlement(message_id: str, outcome: Outcome) -> Settlement:
-    return Settlement(
-        message_id,
-        outcome.status,
-        wa_message_id=outcome.wa_message_id,
-        wa_id=outcome.wa_id,
-        error=outcome.error,
-        at=outcome.sent_at or time.time(),
-    )
-
-
-def _outcome(row: Row) -> Outcome:
-    return Outcome(
-        Status(row.status),
-        wa_message_id=row.wa_message_id,
-        wa_id=row.wa_id,
-        error=row.error,
-        claimed_at=row.claimed_at,
-        sent_at=row.sent_at,
-    )

@@ -27,7 +27,7 @@ MAX_CARDS = 50
 MAX_URL = 4096
 
 _PERSON = r"\+?[0-9]{7,15}|[0-9]{7,15}@(s\.whatsapp\.net|c\.us)|[0-9]{1,20}@lid"
-_URL = r"https?://[!-~]+"
+_URL = r"[Hh][Tt][Tt][Pp][Ss]?://[!-~]+"
 _FIRST_URL = re.compile(r"https?://[^\s<>\"]+", re.IGNORECASE)
 _MEDIA = frozenset({"image", "video", "audio", "document", "sticker"})
 
@@ -44,15 +44,20 @@ def _person(text: str) -> str:
     return text
 
 
-def _link(text: str) -> str:
-    wrong = PydanticCustomError("link", "must be an http or https URL without a user name in it")
+def is_link(text: str) -> bool:
+    """Whether it is a URL that may be fetched, as far as its form goes."""
     try:
         parts = urlsplit(text)
-        is_fit = re.fullmatch(_URL, text) and parts.hostname and parts.port != 0
+        is_whole = bool(parts.hostname) and parts.port != 0 and parts.username is None
     except ValueError:
-        raise wrong from None
-    if not is_fit or parts.username is not None or len(text) > MAX_URL:
-        raise wrong
+        return False
+    return is_whole and bool(re.fullmatch(_URL, text)) and len(text) <= MAX_URL
+
+
+def _link(text: str) -> str:
+    if not is_link(text):
+        words = "must be an http or https URL without a user name in it"
+        raise PydanticCustomError("link", words)
     return text
 
 
@@ -61,6 +66,12 @@ def _inside(text: str) -> str:
     steps = text.split("/")
     if any(step in ("", ".", "..") or len(step.encode()) > 255 for step in steps):
         raise PydanticCustomError("path", "must be a path inside MEDIA_DIR, such as offers/may.pdf")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "is blank")
     return text
 
 
@@ -75,7 +86,11 @@ def _described(pattern: str, **more: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$", **more})
 
 
-Line = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*\S")]
+# No control characters and no other ends of lines: some of it becomes lines of a vCard.
+_PRINTED = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"
+Line = Annotated[
+    str, Field(min_length=1, max_length=1000, pattern=rf"^{_PRINTED}+$"), AfterValidator(_not_blank)
+]
 Body = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
 Caption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION)]
 MessageId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+$")]
@@ -436,10 +451,7 @@ def preview_url(content: Mapping[str, Any]) -> str | None:
     if found is None:
         return None
     url = found[0].rstrip(".,;:!?)'*_~")
-    try:
-        return _link(url)
-    except PydanticCustomError:
-        return None
+    return url if is_link(url) else None
 
 
 def needs_preparing(content: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import importlib.util
 import logging
+import mmap
 import os
 import re
 import sys
@@ -24,9 +25,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from whatsapp_worker import facts
+from whatsapp_worker import compose, facts
+from whatsapp_worker.content import preview_url
 from whatsapp_worker.errors import SendError
 from whatsapp_worker.facts import Fact, ReceiptKind
+from whatsapp_worker.media import File, Media
+from whatsapp_worker.recipient import parse
 from whatsapp_worker.settings import Network
 
 log = logging.getLogger(__name__)
@@ -95,8 +99,9 @@ class SendFailed(SendError):
 
 @dataclass(frozen=True, slots=True)
 class SendAck:
-    """WhatsApp's server accepted a message. `wa_id` is the digits (or JID) that it resolved;
-    `at` is WhatsApp's UTC time in seconds."""
+    """WhatsApp's server accepted a message. `wa_id` is the digits that it resolved, or the JID of
+    a group; `at` is WhatsApp's UTC time in seconds. What is no message, a read mark, has an empty
+    `wa_message_id`."""
 
     wa_message_id: str
     wa_id: str
@@ -114,6 +119,7 @@ class Device:
         network: Network,
         on_fact: Callable[[Fact], None],
         jid: str | None = None,
+        media: Media | None = None,
     ) -> None:
         """Prepare; nothing is loaded or opened.
 
@@ -123,14 +129,16 @@ class Device:
             network: `sandbox` loads the sandbox's guards before any client exists.
             on_fact: Called on neonize's event thread with every fact; must return at once.
             jid: Whose credentials to resume; None pairs a new device.
+            media: Where files of messages come from; `prepare` needs it.
         """
         self._database = database
         self._session = session
         self._network = network
         self._on_fact = on_fact
         self._jid = jid
+        self._media = media
+        self._mine: frozenset[str] = frozenset()  # our own number and hidden id
         self._client: Any = None
-        self._message: Any = None  # neonize's Message class
         self._jid_class: Any = None
         self._is_live = False
         self._handling_since: float | None = None
@@ -151,7 +159,6 @@ class Device:
         if self._network == "sandbox":
             patch.trust_sandbox()
         self._quieten(library)
-        self._message = library.Message
         self._jid_class = library.JID
         self._client = library.NewClient(
             str(self._database),
@@ -177,24 +184,95 @@ class Device:
         since = self._handling_since
         return 0.0 if since is None else time.monotonic() - since
 
+    def prepare(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fetch what a content points at and upload it; what `send` takes in its place.
+
+        Nothing is sent. Blocks for MEDIA_TIMEOUT_S and as long as an upload takes, and holds up no
+        send meanwhile.
+
+        Raises:
+            MediaFailed: The file cannot be had or sent; concerns this message alone.
+            SendFailed: neonize could not upload it; its text.
+        """
+        assert self._media is not None, "given where messages are sent"
+        url = preview_url(content)
+        if url is not None:
+            return {**content, compose.PREPARED: self._media.preview(url)}
+        with self._media.file(content) as file:
+            return {**content, compose.PREPARED: self._upload(content["type"], file)}
+
+    def _upload(self, kind: str, file: File) -> dict[str, Any]:
+        """The fields of a message that lead to a file.
+
+        neonize takes bytes, not a file. It gets the pages of the file itself, so that they are
+        never all in Python's memory; Go holds the file about four times while it encrypts it.
+        """
+        from neonize.utils.enum import MediaType
+
+        as_type = "Image" if kind == "sticker" else kind.capitalize()
+        with file.path.open("rb") as source:
+            pages = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            data = (ctypes.c_char * file.size).from_buffer(pages)
+            done = self._client.upload(data, MediaType["Media" + as_type])
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+        names = {"fileName": file.name} if kind == "document" else {}
+        return {
+            **file.details,
+            **names,
+            "mimetype": file.mimetype,
+            "URL": done.url,
+            "directPath": done.DirectPath,
+            "mediaKey": done.MediaKey,
+            "mediaKeyTimestamp": int(time.time()),
+            "fileSHA256": done.FileSHA256,
+            "fileEncSHA256": done.FileEncSHA256,
+            "fileLength": done.FileLength,
+        }
+
     def send(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> SendAck:
         """Send one message and wait for the server's acknowledgement (blocks up to 75 s).
 
         Args:
             recipient: A JID (`5511999990001@s.whatsapp.net`, `...@lid`, `...@g.us`).
-            content: A validated Cloud API message object (`type` and its object).
+            content: A validated message object (`type` and its object), or what `prepare` made
+                of it where `content.needs_preparing`.
             secret: 32 bytes for messageContextInfo.messageSecret.
 
         Raises:
             SendFailed: neonize's text, for `send_errors.py`.
         """
-        message = self._message(conversation=content["text"]["body"])
+        if content["type"] == "read":
+            return self._mark_read(recipient, content["read"])
+        message = compose.compose(content, chat=recipient, mine=self._mine)
         message.messageContextInfo.messageSecret = secret
         try:
             answer = self._client.send_message(self._parse_jid(recipient), message)
         except Exception as error:
             raise SendFailed(str(error)) from error
-        return SendAck(answer.ID, recipient.partition("@")[0], float(answer.Timestamp))
+        return SendAck(answer.ID, _wa_id(recipient), float(answer.Timestamp))
+
+    def _mark_read(self, chat: str, read: Mapping[str, Any]) -> SendAck:
+        from neonize.utils.enum import ReceiptType
+
+        where = self._hidden(parse(chat).jid)
+        sender = self._hidden(parse(read.get("from", chat)).jid)
+        try:
+            self._client.mark_read(
+                read["message_id"], chat=where, sender=sender, receipt=ReceiptType.READ
+            )
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+        return SendAck("", _wa_id(chat), time.time())
+
+    def _hidden(self, jid: str) -> Any:
+        """A person's LID where it is known: messages come from there, and so do their receipts."""
+        found = self._parse_jid(jid)
+        if found.Server == "s.whatsapp.net":
+            with contextlib.suppress(Exception):
+                return self._client.get_lid_from_pn(found)
+        return found
 
     def pair_phone(self, phone: str) -> str:
         """Ask for a pairing code (ABCD-EFGH) for this phone's digits; after the first QrCode.
@@ -277,6 +355,7 @@ class Device:
 
     def _logged_in(self, _event: Any) -> Fact:
         if (me := self._client.me) is not None:
+            self._mine = frozenset({me.JID.User, me.LID.User} - {""})
             who = facts.Identity(_jid_text(me.JID), _jid_text(me.LID), me.PushName, me.Platform)
             self._on_fact(who)
         return facts.Connected()
@@ -321,6 +400,10 @@ def _log_writer(session: str) -> Callable[[int, int], None]:
 def redacted(text: str) -> str:
     """neonize's words without phone numbers; for logs and people."""
     return _NUMBERS.sub("...", text)
+
+
+def _wa_id(jid: str) -> str:
+    return jid if jid.endswith("@g.us") else jid.partition("@")[0]
 
 
 def _jid_text(jid: Any) -> str:

@@ -33,6 +33,7 @@ from whatsapp_worker.device_store import DeviceStoreBroken
 from whatsapp_worker.endings import Ending, EndingKind, of_fact, refused
 from whatsapp_worker.errors import RedisUnavailable, SandboxUnsafe
 from whatsapp_worker.liveness import Liveness, client_ports, footprint
+from whatsapp_worker.media import Media
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.receipts import FactWriter
 from whatsapp_worker.reports import Channel, Exit
@@ -137,12 +138,15 @@ class DeviceProcess:
         url = self._insist(functools.partial(redis_server.resolve_url, self._settings))
         if ledger is None or url is None:
             return False
+        media = Media(self._database.parent, self._settings)
+        media.clean()
         self._device = Device(
             self._database,
             session=self._session,
             network=self._settings.network,
             on_fact=self._on_fact,
             jid=who.jid,
+            media=media,
         )
         stream = self._stream(redis_client.connect(url))
         self._writer = FactWriter(self._session, stream, ledger=ledger)
@@ -164,6 +168,7 @@ class DeviceProcess:
         return Consumer(
             session=self._session,
             send=device.send,
+            prepare=device.prepare,
             ledger=ledger,
             outbox=outbox,
             install_key=self._sessions.install_key(),

@@ -18,6 +18,7 @@
     │   └── CommandTimeout        not done in time; transient (7)
     ├── SandboxUnsafe             sandbox mode in an environment that could reach WhatsApp (8)
     └── SendError                 one send did not succeed; see send_errors.py for the kinds
+        └── MediaFailed           the file of a message cannot be had or sent; that message alone
 
 `transient` says whether the same call may succeed later without anybody acting; retry, breakers,
 the command line and the supervisor read it instead of listing classes. `storage` has a root of
@@ -132,3 +133,8 @@ class SandboxUnsafe(WorkerError):
 
 class SendError(WorkerError):
     """One send did not succeed. Classified in `send_errors.py`."""
+
+
+class MediaFailed(SendError):
+    """The file that a message points at cannot be fetched, is not allowed or not fit to be sent.
+    Certainly nothing was sent; it concerns this message alone."""

@@ -77,7 +77,8 @@ def decode_settings(values: Mapping[str, Any]) -> Settings:
     known: dict[str, Any] = {
         field.name: values[field.name] for field in fields(Settings) if field.name in values
     }
-    known["data_dir"] = Path(known["data_dir"])
+    for name in ("data_dir", "media_dir"):
+        known[name] = Path(known[name]) if known[name] is not None else None
     known["reconnect_waits_s"] = tuple(known["reconnect_waits_s"])
     return Settings(**known)
 
@@ -108,7 +109,10 @@ class ForkHelper:
                 return
 
     def _serve(self) -> bool:
-        data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET, 1)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET, 1)
+        except ConnectionResetError:  # it died with an answer of ours unread
+            return False
         if not data:
             return False
         request = json.loads(data)

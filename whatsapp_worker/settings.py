@@ -60,6 +60,10 @@ def _choice(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def _is_on(text: str) -> bool:
+    return _choice("0", "1")(text) == "1"
+
+
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if urlsplit(text).scheme not in schemes:
@@ -202,6 +206,31 @@ class Settings:
     send_retries: int = _count(
         "SEND_RETRIES", 3, "Retries of a send that certainly did not go out.", 0, 20
     )
+    media_dir: Path | None = _declare(
+        "MEDIA_DIR",
+        None,
+        "",
+        "Folder whose files messages may name; without it files come by URL only.",
+        Path,
+    )
+    media_max_mib: int = _count(
+        "MEDIA_MAX_MIB",
+        64,
+        "Largest file of a message; WhatsApp's own limits lie below.",
+        1,
+        100,
+        unit="MiB",
+    )
+    media_timeout_s: float = _seconds(
+        "MEDIA_TIMEOUT_S", 60.0, "To fetch, convert and upload the file of a message.", 1, 600
+    )
+    media_allow_private: bool = _declare(
+        "MEDIA_ALLOW_PRIVATE",
+        False,
+        "",
+        "`1` fetches files from private, loopback and link-local addresses too.",
+        _is_on,
+    )
     db_pool_size: int = _count(
         "DB_POOL_SIZE", 10, "Database connections of the web and events processes.", 1, 200
     )
@@ -329,6 +358,8 @@ def show(value: Any) -> str:
     """A value as it would be written in the environment; `-` for none."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return str(int(value))
     if isinstance(value, tuple):
         return ",".join(show(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
