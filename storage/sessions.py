@@ -199,9 +199,11 @@ class Sessions:
 
     def ids(self) -> list[str]:
         """Every session that has a folder, sorted; those being deleted and broken ones too."""
-        return sorted(
-            path.name for path in _entries(self._folders) if _ID.match(path.name) and path.is_dir()
-        )
+        try:
+            with os.scandir(self._folders) as entries:
+                return sorted(e.name for e in entries if _ID.match(e.name) and e.is_dir())
+        except OSError:
+            return []
 
     def create(self, id: str, *, network: str, now: float, why: str = "") -> Wanted:
         """Make a new record, wanted to run and never linked; removes the id's tombstone.
@@ -376,7 +378,8 @@ class Sessions:
 
         The first call names every session. One `stat` a session, so it may be asked often.
         """
-        now = {id: _signature(self._folders / id / "wanted.json") for id in self.ids()}
+        root = str(self._folders)
+        now = {id: _signature(f"{root}/{id}/wanted.json") for id in self.ids()}
         before, self._seen = self._seen, now
         return {id for id in before.keys() | now.keys() if before.get(id, 0) != now.get(id, 0)}
 
@@ -474,14 +477,16 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_leftover(path: Path) -> bool:
-    if path.name.startswith(_INCOMING_PREFIX):
+    if not path.name.startswith(_INCOMING_PREFIX):
+        return path.name.startswith(_GRAVE_PREFIX)
+    with contextlib.suppress(OSError):  # adopted just now
         return time.time() - path.stat().st_mtime > _INCOMING_S
-    return path.name.startswith(_GRAVE_PREFIX)
+    return False
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
+def _signature(path: str) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +16,20 @@ import faults
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from redis import Redis
-from rq import Queue
+from rq import Callback, Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from support import RedisServer
+from support import RedisServer, eventually
 
+from jobs import purge as purge_job
 from storage.ledger import Claim, Ledger, Settlement
 from storage.locks import FileLock
 from storage.sessions import Sessions, StateRecord
@@ -447,10 +457,8 @@ def test_a_purge_is_enqueued_once_in_each_slot(config: Settings, redis: "Redis")
 
 
 def worked(config: Settings) -> None:
-    import threading
-
     loop = maintenance.Maintenance(config, stop=threading.Event())
-    maintenance.purge_job.bind(loop._purge)
+    purge_job.bind(loop._purge)
     loop.work()
 
 
@@ -476,7 +484,7 @@ def test_it_refuses_everything_that_is_not_on_its_list(
     json_queue = Queue(name, connection=redis, serializer=JSONSerializer)
     system = json_queue.enqueue("os.system", f"touch {victim}", description="x")
     callback = json_queue.enqueue(
-        "jobs.purge.purge_sessions", description="x", on_success="os.getpid"
+        "jobs.purge.purge_sessions", description="x", on_success=Callback("os.getpid")
     )
     Queue(name, connection=redis).enqueue("os.system", f"touch {victim}", description="x")
     redis.rpush("rq:queue:wa:maintenance:here", "no-such-job", b"\xff")
@@ -492,6 +500,33 @@ def test_it_refuses_everything_that_is_not_on_its_list(
     assert [job.get_status() for job in fetched] == ["failed", "finished", "finished"]
     assert redis.llen("rq:queue:wa:maintenance:here") == 0
     assert redis.llen("rq:queue:wa:maintenance:here:intermediate") == 0
+
+
+def test_the_maintenance_process_works_and_ends_when_asked(
+    config: Settings, sessions: Sessions, redis: "Redis"
+) -> None:
+    make(sessions, "old", touched_at=0.0)
+    script = (
+        "import os, sys; from whatsapp_worker import maintenance;"
+        "from whatsapp_worker.settings import Settings;"
+        "sys.exit(maintenance.run(Settings.read(os.environ)))"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "DATA_DIR": str(config.data_dir),
+        "REDIS_URL": str(config.redis_url),
+        "WORKER_HOST": "here",
+    }
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    try:
+        maintenance.enqueue_purge(redis, config, now=time.time())
+        eventually(lambda: sessions.ids() == [], what="the purge was run")
+        process.terminate()
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # A model of it all
@@ -579,8 +614,6 @@ def test_sessions_come_and_go_as_the_model_says(
     config: Settings, redis: "Redis", tmp_path: Path
 ) -> None:
     World.folder, World.config = tmp_path, config
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         World,
         settings=settings(

@@ -1,9 +1,12 @@
 """What operators want and what is: records that survive their writers."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from storage.errors import (
     DocumentBroken,
     DocumentError,
     DocumentNewer,
+    DocumentUnwritable,
     RecordBeingDeleted,
     RecordExists,
     RecordMissing,
@@ -196,6 +200,57 @@ def test_a_creation_killed_at_any_step_can_be_repeated(tmp_path: Path) -> None:
             break
         step += 1
     assert step > 6
+
+
+def test_imports_given_up_long_ago_are_swept_and_present_ones_are_not(sessions: Sessions) -> None:
+    old, new = sessions.incoming(), sessions.incoming()
+    os.utime(old, (0, 0))
+    assert sessions.clean() == [old.name]
+    assert new.is_dir()
+    assert sessions.ids() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 256 KiB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a small filesystem can only be mounted by root, outside a container")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only_is_told_and_records_stay(small_disk: Path) -> None:
+    sessions = Sessions(small_disk / "data")
+    made(sessions)
+    sessions.want("sales", stopped)
+    state = StateRecord(generation=2, state="stopped", since=1.0)
+    with (small_disk / "fill").open("wb", buffering=0) as fill, contextlib.suppress(OSError):
+        while True:
+            fill.write(b"x" * 1024)
+    for call in (
+        lambda: sessions.put_state("sales", state),
+        lambda: sessions.want("sales", lambda wanted: wanted),
+        lambda: made(sessions, "other"),
+    ):
+        with pytest.raises(DocumentUnwritable, match="the disk is full"):
+            call()
+    (small_disk / "fill").unlink()
+    sessions.put_state("sales", state)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for call in (
+        lambda: sessions.put_state("sales", state),
+        lambda: sessions.want("sales", lambda wanted: wanted),
+        lambda: sessions.remove("sales"),
+    ):
+        with pytest.raises(DocumentUnwritable, match="Read-only"):
+            call()
+    wanted = sessions.wanted("sales")
+    assert wanted is not None
+    assert (wanted.run, wanted.generation) == ("stop", 2)
+    assert sessions.state("sales") == state
 
 
 # The install key
