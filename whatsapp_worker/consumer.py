@@ -6,8 +6,8 @@
 One message, step by step; a process killed between any two of them loses nothing:
 
     pop       Redis    queue to limbo list; while the message before is under way
-    claim     ledger   row `sending` with the attempt's secret; one commit with settling the last
     prepare   Internet a file is fetched and uploaded; text and most other types need none of it
+    claim     ledger   row `sending` with the attempt's secret; one commit with settling the last
     send      WhatsApp
     note      Redis    the outcome into the job's meta
     settle    ledger   the row's outcome; one commit with claiming the next
@@ -94,12 +94,6 @@ _ENDINGS = {
     Kind.NOT_CONNECTED: Ending.NOT_CONNECTED,
     Kind.LOGGED_OUT: Ending.LOGGED_OUT,
 }
-
-
-class Prepare(Protocol):
-    """`Device.prepare`: fetches what a content points at; raises MediaFailed, SendFailed."""
-
-    def __call__(self, content: Mapping[str, Any], /) -> Mapping[str, Any]: ...
 
 
 class _Stopping(Exception):

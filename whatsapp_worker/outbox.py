@@ -149,6 +149,10 @@ class _Lane:
         return f"{RQ_KEY_PREFIX}:wip:{self.name}"
 
     @property
+    def scheduled(self) -> str:
+        return f"{RQ_KEY_PREFIX}:scheduled:{self.name}"
+
+    @property
     def expected(self) -> int:
         """How many entries its limbo list must have."""
         return len(self.in_hand) + (self.held is not None)
@@ -357,6 +361,35 @@ class Outbox:
     def _lane_of(self, job: Job) -> _Lane:
         return next(lane for lane in self._lanes if lane.name == job.queue)
 
+    # Later
+
+    def defer(self, job: Job, at: float) -> None:
+        """Lay a popped job aside until `at` (UTC seconds): into RQ's scheduled registry."""
+        lane = self._lane_of(job)
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.zadd(lane.scheduled, {job.id: at})
+        pipeline.hset(_job_key(job.id), "status", JobStatus.SCHEDULED.value)
+        pipeline.lrem(lane.limbo, 1, job.raw_id)
+        pipeline.execute()
+        lane.in_hand.discard(job)
+
+    def move_due(self) -> None:
+        """Put the laid-aside jobs whose time has come at the head of their queues, the earliest
+        first; RQ's own `enqueue_at` and `enqueue_in` lay theirs into the same registry."""
+        now = time.time()
+        for lane in self._lanes:
+            due = self._redis.zrangebyscore(lane.scheduled, 0, now, start=0, num=_BATCH)
+            if not due:
+                continue
+            existing = self._existing(due)
+            pipeline = self._redis.pipeline(transaction=True)
+            for raw_id in reversed(due):
+                pipeline.zrem(lane.scheduled, raw_id)
+                if raw_id in existing:
+                    pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
+                    pipeline.lpush(lane.queue, raw_id)
+            pipeline.execute()
+
     # Putting in order
 
     def limbo(self) -> list[Job]:
@@ -424,7 +457,7 @@ class Outbox:
         for raw_id in ids:
             pipeline.eval(_STATUS, 1, _job_key_of(raw_id))
         statuses = pipeline.execute()
-        live = (b"queued", b"started")
+        live = (b"queued", b"started", b"scheduled")
         return {raw_id for raw_id, status in zip(ids, statuses, strict=True) if status in live}
 
     def _hang_up(self) -> None:
@@ -452,6 +485,15 @@ class Outbox:
             pipeline.llen(lane.queue)
             pipeline.llen(lane.limbo)
         return sum(pipeline.execute())
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether jobs were popped, or may be at any moment."""
+        return any(lane.held or lane.waiting or lane.in_hand for lane in self._lanes)
+
+    def tell(self, event: Event, payload: Mapping[str, Any]) -> None:
+        """Tell the stream something of this session."""
+        self._stream.add(event, self.session, payload)
 
     def ping(self) -> None:
         """Nothing but whether Redis answers; RedisError when it does not."""

@@ -1,0 +1,90 @@
+"""The message breaker of one session: its count outlives the process, since each lost connection
+ends one, and every process can see it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.documents import Document
+from storage.errors import StorageError
+from whatsapp_worker.breakers import Breaker, Phase
+from whatsapp_worker.event_names import Event
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[Event, Mapping[str, Any]], None]
+
+
+class MessageBreaker:
+    """Counts transport faults and time-outs of sends. Not thread-safe."""
+
+    def __init__(self, path: Path | None, *, threshold: int, reset_s: float, tell: Tell) -> None:
+        """Reads what the process before left.
+
+        Args:
+            path: Its file; None keeps it in memory only.
+            threshold: `MSG_FAILURE_THRESHOLD`.
+            reset_s: `MSG_RESET_S`.
+            tell: Called once a trip with `breaker.opened` and once with `breaker.closed`.
+        """
+        self._document = Document(path, version=1) if path else None
+        self._threshold = threshold
+        self._reset_s = reset_s
+        self._tell = tell
+        self._breaker = Breaker.read(self._read())
+
+    def phase(self) -> Phase:
+        return self._breaker.phase(time.time(), reset_s=self._reset_s)
+
+    @property
+    def until(self) -> float | None:
+        """UTC seconds of the next try; None while closed."""
+        opened_at = self._breaker.opened_at
+        return None if opened_at is None else opened_at + self._reset_s
+
+    def failed(self, failure: str) -> None:
+        """A send, or a half-open one's probe, met a transport fault or a time-out."""
+        before = self._breaker
+        self._breaker = before.failed(time.time(), failure, threshold=self._threshold)
+        self._write()
+        if before.opened_at is None and self._breaker.opened_at is not None:
+            self._tell(
+                Event.BREAKER_OPENED,
+                {
+                    "breaker": "message",
+                    "failure": failure,
+                    "failures": [dict(last) for last in self._breaker.last],
+                    "retry_after_s": self._reset_s,
+                },
+            )
+
+    def succeeded(self) -> None:
+        """A message was sent."""
+        if self._breaker.failures == 0:
+            return
+        opened_at = self._breaker.opened_at
+        self._breaker = self._breaker.succeeded()
+        self._write()
+        if opened_at is not None:
+            self._tell(Event.BREAKER_CLOSED, {"breaker": "message", "opened_at": opened_at})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For those who look: phase, failures, until."""
+        return {"phase": self.phase(), "failures": self._breaker.failures, "until": self.until}
+
+    def _read(self) -> Mapping[str, Any] | None:
+        try:
+            return self._document.read() if self._document else None
+        except StorageError as error:
+            log.warning("breaker.unreadable", extra={"error": str(error)})
+            return None
+
+    def _write(self) -> None:
+        if self._document is None:
+            return
+        try:
+            self._document.write(self._breaker.as_dict())
+        except StorageError as error:
+            log.warning("breaker.not_saved", extra={"error": str(error)})

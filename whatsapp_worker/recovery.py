@@ -1,0 +1,126 @@
+"""What an earlier process left behind is settled, before its successor connects.
+
+A row of the ledger that is `sending` was claimed and not settled. The outcome that its job's meta
+holds is the stronger word; else the device database tells whether it was ever handed over.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from storage.ledger import Ledger, Row, Settlement
+from whatsapp_worker.event_names import Status
+from whatsapp_worker.outbox import Finished, Outbox
+from whatsapp_worker.rq_job import Job, Outcome
+
+log = logging.getLogger(__name__)
+
+HandedOver = Callable[[Iterable[bytes]], Mapping[bytes, str]]
+
+MAX_RELEASES = 10  # a message that ends its process before it is handed over, again and again
+MAX_RESENDS = 2  # of a message that says on_unknown="resend"
+
+# A row `failed` with one of these was certainly never sent, and its job waits at the head.
+NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
+NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
+PAUSED = "WhatsApp asked this number to pause; it is sent again later"
+RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED)
+HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
+
+
+def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:
+    """Settle every row and job. Every step can be repeated: a process killed here leaves the
+    rest to the next.
+
+    Raises:
+        RedisError, StorageError: As their calls do; call it again.
+    """
+    rows = ledger.sending()
+    jobs = outbox.limbo()
+    found = handed_over([row.secret for row in rows if row.secret])
+    released = []
+    for row in rows:
+        settlement = _judge(row, jobs, found, ledger)
+        if settlement is None:
+            released.append(row)
+        else:
+            ledger.settle(settlement)
+    outbox.exchange(list(_settled_among(jobs, ledger)), pop=False)
+    outbox.resync()
+    # Only now: a row that is `failed` while its job is in limbo would count as its outcome.
+    for row in released:
+        error = NOT_HANDED_OVER if outbox.job_exists(row.job_id) else "its job is gone"
+        ledger.settle(Settlement(row.message_id, Status.FAILED, error=error, at=time.time()))
+    if rows or jobs:
+        counts = {"rows": len(rows), "released": len(released), "jobs": len(jobs)}
+        log.info("consumer.recovered", extra={"session": outbox.session, **counts})
+
+
+def _judge(
+    row: Row, jobs: Iterable[Job], found: Mapping[bytes, str], ledger: Ledger
+) -> Settlement | None:
+    """What became of a row that was left `sending`; None when it was never handed over."""
+    for job in jobs:
+        noted = job.outcome
+        if job.id == row.job_id and noted and noted.claimed_at == row.claimed_at:
+            return settlement(row.message_id, noted)
+    now = time.time()
+    wa_message_id = found.get(row.secret) if row.secret else None
+    if wa_message_id is not None:
+        return Settlement(
+            row.message_id,
+            Status.UNKNOWN,
+            wa_message_id=wa_message_id,
+            error=HANDED_OVER,
+            at=now,
+        )
+    former = ledger.attempts(row.message_id)
+    if sum(attempt.error == NOT_HANDED_OVER for attempt in former) < MAX_RELEASES:
+        return None
+    error = f"its process ended {MAX_RELEASES + 1} times before it was handed over"
+    return Settlement(row.message_id, Status.FAILED, error=error, at=now)
+
+
+def _settled_among(jobs: Iterable[Job], ledger: Ledger) -> Iterable[Finished]:
+    """Those of the jobs left in limbo whose outcome the ledger knows."""
+    for job in jobs:
+        row = ledger.find(job.message_id) if job.message_id else None
+        if row is None or row.job_id != job.id or row.status == Status.SENDING:
+            continue
+        is_released = row.status == Status.FAILED and row.error in RELEASED
+        if not is_released and not may_resend(job, row, ledger):
+            yield Finished(job, outcome(row), row.attempt)
+
+
+def may_resend(job: Job, row: Row | None, ledger: Ledger) -> bool:
+    """Whether the message's outcome is unknown and its CRM wants it sent again all the same."""
+    if row is None or row.status != Status.UNKNOWN:
+        return False
+    if job.order is None or job.order.on_unknown != "resend":
+        return False
+    former = ledger.attempts(row.message_id)
+    return sum(attempt.status == Status.UNKNOWN for attempt in former) < MAX_RESENDS
+
+
+def settlement(message_id: str, outcome: Outcome) -> Settlement:
+    """An outcome as the ledger takes it."""
+    return Settlement(
+        message_id,
+        outcome.status,
+        wa_message_id=outcome.wa_message_id,
+        wa_id=outcome.wa_id,
+        error=outcome.error,
+        at=outcome.sent_at or time.time(),
+    )
+
+
+def outcome(row: Row) -> Outcome:
+    """What the ledger knows, as a CRM is told."""
+    return Outcome(
+        Status(row.status),
+        wa_message_id=row.wa_message_id,
+        wa_id=row.wa_id,
+        error=row.error,
+        claimed_at=row.claimed_at,
+        sent_at=row.sent_at,
+    )
