@@ -385,8 +385,10 @@ class Consumer:
         if self._prepare is None or not needs_preparing(content):
             return content
         self._settle()
+        self._flush(pop=False)
         prepare = self._prepare
-        prepared = self._call(lambda: prepare(content), timeout_s=None)
+        self._sender.begin(lambda: prepare(content))
+        prepared = self._await_prepared()
         if isinstance(prepared, SendFailed):
             kind = classify(str(prepared))
             if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
@@ -397,6 +399,25 @@ class Consumer:
             raise prepared if isinstance(prepared, MediaFailed) else MediaFailed(repr(prepared))
         found: Mapping[str, Any] = prepared
         return found
+
+    def _await_prepared(self) -> Any:
+        """What the preparation came to; nothing is claimed, so it can be dropped at any time.
+
+        Raises:
+            _Stopping: Asked to.
+            MediaFailed: Not within MEDIA_TIMEOUT_S.
+        """
+        deadline = time.monotonic() + self._settings.media_timeout_s + _LOOK_S
+        while not self._is_stopping():
+            result = self._sender.answer(_LOOK_S)
+            if result is not None:
+                return result
+            if time.monotonic() >= deadline:
+                # The thread is lost to an upload that hangs, and nobody reads what it says.
+                self._sender = Sender()
+                self._sender.start()
+                raise MediaFailed("message: its file was not ready within MEDIA_TIMEOUT_S")
+        raise _Stopping
 
     def _try_again(self, job: Job, content: Mapping[str, Any]) -> None:
         retrying = tenacity.Retrying(
@@ -512,18 +533,14 @@ class Consumer:
         self._finished = []
         return None
 
-    def _call(self, call: Callable[[], Any], *, timeout_s: float | None = 0.0) -> Any:
+    def _call(self, call: Callable[[], Any]) -> Any:
         """Make a call that sends nothing; what it returned, or the exception that it raised.
 
-        Args:
-            timeout_s: SEND_TIMEOUT_S when 0; None for a call that bounds itself.
-
         Raises:
-            _Leave: It did not come back in time, and the thread is lost with it.
+            _Leave: It did not come back within SEND_TIMEOUT_S, and the thread is lost with it.
         """
         self._sender.begin(call)
-        limit_s = self._settings.send_timeout_s if timeout_s is not None else float("inf")
-        answer = self._await_answer(time.monotonic() + limit_s)
+        answer = self._await_answer(time.monotonic() + self._settings.send_timeout_s)
         if answer is None:
             self._breaker.failed("probe")
             raise _Leave(Ending.SEND_HUNG)
