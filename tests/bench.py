@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -83,13 +84,14 @@ class Bench:
         raw = self._raw_rate(raws, count)
         warm = [job for name in sessions for job in self._enqueue(name, 20)]
         self.world.await_outcomes(warm)
-        for name in sessions:
-            self._set_running(name, False)
+        self.world.control.reset()
+        pids = [self.world.state(name)["pid"] for name in sessions]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         for name in sessions:
             self._enqueue(name, count)
-        self.world.control.reset()
-        for name in sessions:
-            self._set_running(name, True)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         eventually(lambda: not any(map(self._depth, sessions)), within_s=300)
         rows = self.world.control.messages(decode=False)
         assert len(rows) == count * len(sessions), (len(rows), count * len(sessions))
@@ -189,9 +191,12 @@ class Bench:
         pids = self.world.kill_supervisor()
         eventually(lambda: not any(map(psutil.pid_exists, pids)))
         self.world.start_supervisor()
-        for name in self.fleet:
-            self.world.await_state(name, "connected", within_s=60)
+        eventually(lambda: all(self._is_back(name, pids) for name in self.fleet), within_s=60)
         self._row_connected(f"{len(self.fleet)} at once", self._fork_to_connected(self.fleet))
+
+    def _is_back(self, session: str, old_pids: list[int]) -> bool:
+        state = self.world.state(session)
+        return state["state"] == "connected" and state["pid"] not in old_pids
 
     def _fork_to_connected(self, sessions: list[str]) -> float:
         """Seconds from the first fork to the last login that the sandbox saw."""
