@@ -39,6 +39,7 @@ RECYCLE_AFTER_S = 24 * 3600.0
 FORCED_MEMORY = 1.5  # times the limit
 
 _WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
+_WAITING = frozenset(State) - {State.CONNECTING, State.CONNECTED, State.DELETED}
 _TRIGGERS = {
     EndingKind.LOGGED_OUT: Trigger.LOGGED_OUT,
     EndingKind.REPLACED: Trigger.REPLACED,
@@ -443,7 +444,7 @@ class ManagedSession:
 
     def _is_dial_due(self, now: float) -> bool:
         """Whether a process that was started early dials now."""
-        is_early = self.state not in (State.CONNECTING, State.CONNECTED)
+        is_early = self.state in _WAITING
         return is_early and self.due_at is not None and now >= self.due_at
 
     def _tell_dial(self) -> None:

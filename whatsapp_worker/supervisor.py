@@ -16,7 +16,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,12 +307,14 @@ class Supervisor:
         """One device or pairing process is no more."""
         session = self._managed.get(run.session)
         if session is not None and session.process is run:
-            session.hear(now)  # its last word may still lie in the channel
+            with self._contained(session):
+                session.hear(now)  # its last word may still lie in the channel
         self._forget(run)
         if session is not None and session.process is run:
             code = None if status is None else os.waitstatus_to_exitcode(status)
             run.was_forced |= code == Exit.NOT_DRAINED
-            session.on_exit(run.ending(status), was_locked=code == Exit.LOCKED, now=now)
+            with self._contained(session):
+                session.on_exit(run.ending(status), was_locked=code == Exit.LOCKED, now=now)
 
     def _forget(self, run: SessionProcess) -> None:
         del self._processes[run.run]
@@ -329,7 +331,8 @@ class Supervisor:
         for run in list(self._processes.values()):
             session = self._managed.get(run.session)
             if run.closed_at is None and session is not None and session.process is run:
-                session.hear(now)
+                with self._contained(session):
+                    session.hear(now)
             elif run.closed_at is None:
                 run.hear(now)
             if run.closed_at is not None:  # else the end of file would wake the loop for ever
@@ -359,7 +362,8 @@ class Supervisor:
             record = self.sessions.state(id)
             self._managed[id] = ManagedSession(id, host=self, wanted=wanted, record=record, now=now)
         elif wanted.generation != session.wanted.generation or wanted.run != session.wanted.run:
-            session.want(wanted, now)
+            with self._contained(session):
+                session.want(wanted, now)
 
     def _drop(self, session: ManagedSession, now: float) -> None:
         """Forget a session whose record is gone."""
@@ -369,15 +373,21 @@ class Supervisor:
 
     def _tick(self, now: float) -> None:
         for session in self._in_order():
-            try:
+            with self._contained(session):
                 session.tick(now)
-            except Exception:  # a bug that one session meets must not cost the others
-                log.exception("session.tick_failed", extra={"session": session.id})
             if session.is_gone:
                 del self._managed[session.id]
         for run in self._processes.values():
             run.escalate(now)
         self._notifier.status(self._status())
+
+    @contextlib.contextmanager
+    def _contained(self, session: ManagedSession) -> Iterator[None]:
+        """A bug that one session meets must not cost the others."""
+        try:
+            yield
+        except Exception:
+            log.exception("session.failed_here", extra={"session": session.id})
 
     def _in_order(self) -> list[ManagedSession]:
         """Those that have waited longest for their dial come first."""
