@@ -135,7 +135,13 @@ class Parts:
     """A consumer and what it is made of."""
 
     def __init__(
-        self, url: str, folder: Path, *, device: FakeDevice | None = None, **settings: Any
+        self,
+        url: str,
+        folder: Path,
+        *,
+        device: FakeDevice | None = None,
+        options: Mapping[str, Any] | None = None,  # of the consumer
+        **settings: Any,
     ) -> None:
         self.device = device or FakeDevice(folder)
         self.redis = redis_client.connect(url)
@@ -148,6 +154,7 @@ class Parts:
             outbox=self.outbox,
             install_key=KEY,
             settings=Settings(**settings),
+            **(options or {}),
         )
 
     def recover(self) -> bool:

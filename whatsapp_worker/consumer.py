@@ -306,16 +306,23 @@ class Consumer:
             self._deliver(job)
 
     def _has_to_rest(self) -> bool:
-        """Whether nothing may be sent now. A half-open breaker asks WhatsApp first."""
-        if self._paused_until > time.time():
-            return True
-        phase = self._breaker.phase()
-        if phase is Phase.HALF_OPEN and self._probe is not None:
-            answer = self._call(self._probe)
-            if isinstance(answer, Exception):
-                self._breaker.failed("probe")
-                phase = Phase.OPEN
-        return phase is Phase.OPEN
+        """Whether nothing may be sent now."""
+        return self._paused_until > time.time() or self._breaker.phase() is Phase.OPEN
+
+    def _ask_first(self) -> None:
+        """A half-open breaker asks WhatsApp something that sends nothing, before it risks a
+        message.
+
+        Raises:
+            _Released: No answer; the message in hand is back at the head.
+        """
+        probe = self._probe
+        if probe is None or self._breaker.phase() is not Phase.HALF_OPEN:
+            return
+        if isinstance(self._call(lambda: probe() or True), Exception):
+            self._breaker.failed("probe")
+            self._put_down()
+            raise _Released
 
     def _lie_down(self) -> None:
         """Wait for a moment with every job at the head of its queue."""
@@ -365,6 +372,7 @@ class Consumer:
 
     def _deliver(self, job: Job) -> None:
         """Send a message; again, after a short rest, where WhatsApp refuses for the moment."""
+        self._ask_first()
         try:
             content = self._prepared(job)
             self._attempt(job, content)
@@ -420,8 +428,11 @@ class Consumer:
         raise _Stopping
 
     def _try_again(self, job: Job, content: Mapping[str, Any]) -> None:
+        assert job.order is not None, "attempted"
+        deadline = job.order.deadline(job.enqueued_at) or float("inf")
+        retries = tenacity.stop_after_attempt(max(1, self._settings.send_retries))
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(max(1, self._settings.send_retries)),
+            stop=tenacity.stop_any(retries, tenacity.stop_before_delay(deadline - time.time())),
             wait=tenacity.wait_exponential(_FIRST_RETRY_S, _LONGEST_RETRY_S),
             retry=tenacity.retry_if_exception_type(_Again),
             retry_error_callback=lambda state: None,  # the last refusal is its outcome
@@ -534,7 +545,7 @@ class Consumer:
         return None
 
     def _call(self, call: Callable[[], Any]) -> Any:
-        """Make a call that sends nothing; what it returned, or the exception that it raised.
+        """Make a call that sends nothing; what it returned (never None), or what it raised.
 
         Raises:
             _Leave: It did not come back within SEND_TIMEOUT_S, and the thread is lost with it.
@@ -595,11 +606,11 @@ class Consumer:
 
     def _pause(self, claim: Claim) -> None:
         """WhatsApp wants this number to send less: rest, longer each time."""
+        self._release(claim, recovery.PAUSED)
         self._paused_until = time.time() + self._pause_s
         self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
         extra = {"session": self.session, "until": self._paused_until}
         log.warning("queue.paused", extra=extra)
-        self._release(claim, recovery.PAUSED)
         raise _Released
 
     def _release(self, claim: Claim, error: str) -> None:

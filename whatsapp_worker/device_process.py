@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from redis import Redis, RedisError
@@ -32,6 +32,7 @@ from whatsapp_worker.device import Device, SendFailed, redacted
 from whatsapp_worker.device_store import DeviceStoreBroken
 from whatsapp_worker.endings import Ending, EndingKind, of_fact, refused
 from whatsapp_worker.errors import RedisUnavailable, SandboxUnsafe
+from whatsapp_worker.event_names import Event
 from whatsapp_worker.liveness import Liveness, client_ports, footprint
 from whatsapp_worker.media import Media
 from whatsapp_worker.outbox import Outbox
@@ -174,7 +175,12 @@ class DeviceProcess:
             install_key=self._sessions.install_key(),
             settings=self._settings,
             on_sent=self._on_sent,
+            breaker_file=self._database.with_name("breaker.json"),
+            on_breaker=self._on_breaker,
         )
+
+    def _on_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:
+        self._channel.send(report="failure", kind=event, **facts)
 
     def _stream(self, redis: Redis) -> EventStream:
         return EventStream(redis, events_max=self._settings.events_max)

@@ -1,0 +1,329 @@
+"""Expiry, retries, resending, laying aside, breakers and pauses; only WhatsApp is pretended."""
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from sending import (
+    QUEUE,
+    FakeDevice,
+    Parts,
+    Running,
+    enqueue,
+    enqueue_many,
+    fetch,
+    limbo,
+    outcome,
+    queue_of,
+)
+from support import RedisServer, eventually
+
+from storage.errors import LedgerUnavailable
+from storage.ledger import Ledger
+from whatsapp_worker.consumer import Ending
+from whatsapp_worker.device import SendFailed
+from whatsapp_worker.errors import MediaFailed
+from whatsapp_worker.event_names import Event
+
+Url = str
+
+
+@pytest.fixture
+def url(shared_redis_server: RedisServer, redis: Redis) -> Url:
+    return shared_redis_server.url
+
+
+def settled(redis: Redis, *ids: str) -> bool:
+    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in ids)
+
+
+def event_names(redis: Redis) -> list[str]:
+    return [fields[b"event"].decode() for _, fields in redis.xrange("wa:events")]
+
+
+class Refusing(FakeDevice):
+    """Refuses each text as often as it was told to."""
+
+    def __init__(self, folder: Path, refusals: dict[str, list[str]]) -> None:
+        super().__init__(folder)
+        self.refusals = refusals
+        self.tries: list[str] = []
+
+    def send(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> Any:
+        text = content["text"]["body"].removeprefix("text of ")
+        self.tries.append(text)
+        if self.refusals.get(text):
+            raise SendFailed(self.refusals[text].pop(0))
+        return super().send(recipient, content, secret)
+
+
+def test_an_expired_message_is_not_sent_and_everybody_is_told(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    enqueue(redis, "late", expires_at=time.time() - 1)
+    enqueue(redis, "short", ttl_s=0.05)
+    enqueue(redis, "good", expires_at=time.time() + 60, ttl_s=60)
+    time.sleep(0.06)
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "good"))
+        assert running.parts.device.received() == ["text of good"]
+        for id in ("late", "short"):
+            row = running.parts.ledger.find(id)
+            assert row is not None
+            assert row.status == outcome(redis, id)["status"] == "expired"
+            assert fetch(redis, id).get_status() == "failed"
+    assert sorted(event_names(redis)) == ["message.expired", "message.expired", "message.sent"]
+
+
+def test_an_expired_message_may_be_enqueued_again(redis: Redis, url: Url, tmp_path: Path) -> None:
+    enqueue(redis, "m1", expires_at=time.time() - 1)
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "m1"))
+        enqueue(redis, "m1", job_id="again")
+        eventually(lambda: running.parts.device.received() == ["text of m1"])
+
+
+def test_a_passing_refusal_is_tried_again_and_keeps_the_order(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    device = Refusing(tmp_path, {"m0": ["server returned error 503"] * 2})
+    enqueue_many(redis, 3)
+    with Running(Parts(url, tmp_path, device=device)) as running:
+        eventually(lambda: settled(redis, "m2"))
+        assert device.tries == ["m0", "m0", "m0", "m1", "m2"]
+        assert [attempt.status for attempt in running.parts.ledger.attempts("m0")] == [
+            "failed",
+            "failed",
+        ]
+    assert outcome(redis, "m0")["status"] == "sent"
+    assert event_names(redis) == ["message.sent"] * 3
+
+
+def test_a_lasting_refusal_fails_after_the_retries_and_the_next_goes_on(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    device = Refusing(tmp_path, {"m0": ["server returned error 500"] * 9})
+    enqueue_many(redis, 2)
+    with Running(Parts(url, tmp_path, device=device, send_retries=2)):
+        eventually(lambda: settled(redis, "m1"))
+    assert device.tries == ["m0", "m0", "m0", "m1"]
+    assert outcome(redis, "m0")["status"] == "failed"
+    assert "500" in outcome(redis, "m0")["error"]
+
+
+def test_a_refusal_of_one_recipient_is_not_tried_again(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    device = Refusing(tmp_path, {"m0": ["server returned error 400"]})
+    enqueue_many(redis, 2)
+    with Running(Parts(url, tmp_path, device=device)):
+        eventually(lambda: settled(redis, "m1"))
+    assert device.tries == ["m0", "m1"]
+
+
+def test_an_unknown_message_is_sent_again_at_most_twice_where_the_crm_wants_it(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    enqueue(redis, "m0", on_unknown="resend")
+    enqueue(redis, "m1")
+    for _ in range(3):
+        device = FakeDevice(tmp_path, takes_s=30)
+        with Running(Parts(url, tmp_path, device=device, send_timeout_s=0.3)) as running:
+            assert running.join() is Ending.SEND_HUNG
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "m0", "m1"))
+        assert running.parts.device.received() == ["text of m1"]
+        assert len(running.parts.ledger.attempts("m0")) == 2
+    assert outcome(redis, "m0")["status"] == "unknown"
+    assert event_names(redis) == ["message.unknown", "message.sent"]
+
+
+def test_a_message_for_later_waits_survives_a_restart_and_goes_on_time(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    due_at = time.time() + 1.5
+    enqueue(redis, "later", send_at=due_at)
+    enqueue(redis, "now")
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "now"))
+        assert fetch(redis, "later").get_status() == "scheduled"
+        assert limbo(redis) == 0
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "later"))
+        assert running.parts.device.received() == ["text of now", "text of later"]
+    assert outcome(redis, "later")["claimed_at"] >= due_at
+
+
+def test_jobs_that_rq_itself_scheduled_are_sent_when_they_are_due(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    arguments = {
+        "session": "s1",
+        "to": "+5511999990001",
+        "message_id": "m1",
+        "message": {"type": "text", "text": {"body": "x"}},
+    }
+    job = queue_of(redis).enqueue_at(
+        datetime.now(UTC) + timedelta(seconds=1),
+        "jobs.outbound.send_message",
+        description="send_message",
+        kwargs=arguments,
+    )
+    with Running(Parts(url, tmp_path)):
+        eventually(lambda: job.get_status() == "finished")
+
+
+def test_five_lost_connections_open_the_breaker_across_processes_and_nothing_is_lost(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    told: list[tuple[Event, Mapping[str, Any]]] = []
+    options: dict[str, Any] = {
+        "breaker_file": tmp_path / "breaker.json",
+        "on_breaker": lambda event, facts: told.append((event, facts)),
+    }
+    enqueue_many(redis, 3)
+    for _ in range(5):
+        device = Refusing(tmp_path, {"m0": ["websocket not connected"]})
+        with Running(Parts(url, tmp_path, device=device, options=options)) as running:
+            assert running.join() is Ending.NOT_CONNECTED
+    assert [event for event, _ in told] == ["breaker.opened"]
+    assert told[0][1]["breaker"] == "message"
+    device = Refusing(tmp_path, {})
+    parts = Parts(url, tmp_path, device=device, options=options, msg_reset_s=2.0)
+    with Running(parts):
+        eventually(lambda: parts.consumer.queue_state()["state"] == "breaker")
+        time.sleep(0.3)
+        assert device.tries == []
+        assert redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"job-m0", b"job-m1", b"job-m2"]
+        assert limbo(redis) == 0
+        eventually(lambda: settled(redis, "m0", "m1", "m2"))
+        assert device.tries == ["m0", "m1", "m2"]
+    assert [event for event, _ in told] == ["breaker.opened", "breaker.closed"]
+    assert event_names(redis).count("breaker.opened") == 1
+    assert event_names(redis).count("breaker.closed") == 1
+
+
+def test_a_half_open_breaker_asks_first_and_risks_no_message_without_an_answer(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    answers: list[Exception | None] = [TimeoutError("deaf"), None]
+    probes = 0
+
+    def probe() -> None:
+        nonlocal probes
+        probes += 1
+        answer = answers.pop(0) if answers else None
+        if answer is not None:
+            raise answer
+
+    path = tmp_path / "breaker.json"
+    opened = {"version": 1, "failures": 5, "opened_at": time.time() - 100, "last": []}
+    path.write_text(json.dumps(opened))
+    device = Refusing(tmp_path, {})
+    options: dict[str, Any] = {"breaker_file": path, "probe": probe}
+    parts = Parts(url, tmp_path, device=device, options=options, msg_reset_s=0.5)
+    with Running(parts):
+        time.sleep(0.3)
+        assert probes == 0  # there is nothing to send
+        enqueue_many(redis, 2)
+        eventually(lambda: probes == 1)
+        assert device.tries == []
+        assert redis.llen(f"rq:queue:{QUEUE}") + limbo(redis) == 2
+        eventually(lambda: settled(redis, "m0", "m1"))
+    assert probes == 2
+    assert device.tries == ["m0", "m1"]
+
+
+def test_stopping_works_while_the_breaker_is_open(redis: Redis, url: Url, tmp_path: Path) -> None:
+    path = tmp_path / "breaker.json"
+    opened = {"version": 1, "failures": 5, "opened_at": time.time(), "last": []}
+    path.write_text(json.dumps(opened))
+    enqueue_many(redis, 2)
+    parts = Parts(url, tmp_path, options={"breaker_file": path})
+    with Running(parts) as running:
+        eventually(lambda: parts.consumer.queue_state()["state"] == "breaker")
+        parts.consumer.stop()
+        assert running.join(2) is Ending.STOPPED
+    assert redis.llen(f"rq:queue:{QUEUE}") == 2
+
+
+def test_whatsapp_asking_for_a_pause_rests_the_queue_and_fails_nothing(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    device = Refusing(tmp_path, {"m0": ["server returned error 463"]})
+    enqueue_many(redis, 2)
+    parts = Parts(url, tmp_path, device=device)
+    with Running(parts) as running:
+        state = eventually(lambda: _paused(parts))
+        assert state["until"] > time.time() + 30
+        assert redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"job-m0", b"job-m1"]
+        assert running.ending is None
+    assert device.tries == ["m0"]
+
+
+def _paused(parts: Parts) -> dict[str, Any] | None:
+    state = parts.consumer.queue_state()
+    return state if state["state"] == "paused" else None
+
+
+def test_a_database_that_is_away_opens_its_breaker_once_and_sending_goes_on_afterwards(
+    redis: Redis, url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Event] = []
+    options: dict[str, Any] = {"on_breaker": lambda event, facts: told.append(event)}
+    is_away = True
+    claim = Ledger.claim
+
+    def away(self: Ledger, *args: Any, **kwargs: Any) -> Any:
+        if is_away:
+            raise LedgerUnavailable("away")
+        return claim(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ledger, "claim", away)
+    enqueue_many(redis, 3)
+    parts = Parts(url, tmp_path, options=options, db_reset_s=0.3)
+    with Running(parts) as running:
+        eventually(lambda: told)
+        assert parts.consumer.queue_state()["state"] == "database"
+        is_away = False
+        eventually(lambda: settled(redis, "m2"))
+        assert running.parts.device.received() == ["text of m0", "text of m1", "text of m2"]
+    assert told == [Event.BREAKER_OPENED, Event.BREAKER_CLOSED]
+
+
+def test_a_file_that_cannot_be_had_fails_that_message_alone(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    def prepare(content: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise MediaFailed("it is not there")
+
+    image = {"type": "image", "image": {"link": "https://example.org/a.jpg"}}
+    enqueue(redis, "m0")
+    enqueue(redis, "image", message=image)
+    enqueue(redis, "m1")
+    with Running(Parts(url, tmp_path, options={"prepare": prepare})) as running:
+        eventually(lambda: settled(redis, "m1"))
+        assert running.parts.device.received() == ["text of m0", "text of m1"]
+        row = running.parts.ledger.find("image")
+        assert row is not None
+        assert row.status == "failed"
+    assert "not there" in outcome(redis, "image")["error"]
+
+
+def test_a_queue_that_is_no_list_harms_nothing_and_is_used_once_it_is_one(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    redis.set(f"rq:queue:{QUEUE}", "not a list")
+    with Running(Parts(url, tmp_path)) as running:
+        begun = time.process_time()
+        time.sleep(1)
+        assert time.process_time() - begun < 0.5  # no busy loop
+        redis.delete(f"rq:queue:{QUEUE}")
+        enqueue(redis, "m1")
+        eventually(lambda: settled(redis, "m1"))
+        assert running.ending is None
