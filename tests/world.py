@@ -69,7 +69,7 @@ class RedisServer:
 
     def start(self) -> "RedisServer":
         self._folder.mkdir(parents=True, exist_ok=True)
-        words = f"--port {self._port} --bind 127.0.0.1 --appendonly yes --appendfsync always"
+        words = f"--port {self._port} --bind 127.0.0.1 --appendonly yes --appendfsync everysec"
         self._process = subprocess.Popen(
             [self._binary, *words.split(), "--dir", str(self._folder), "--save", ""],
             stdout=subprocess.DEVNULL,

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _BATCH = 500  # entries
 _BLOCK_MS = 500
+_GATHER_S = 0.05  # after a read: one commit for many receipts, where each costs an fsync
 _OPEN_LEDGERS = 64
 _CLAIM_IDLE_MS = 60_000  # entries of a consumer that has been silent so long are taken over
 _CLAIM_EVERY_S = 30.0
@@ -113,7 +114,10 @@ class ReceiptWriter:
             self._has_leftovers = not self._write(self._read("0"), again=True)
             if self._has_leftovers:
                 self._stop.wait(1.0)
-        self._has_leftovers |= not self._write(self._read(">"), again=False)
+        found = self._read(">")
+        self._has_leftovers |= not self._write(found, again=False)
+        if 0 < len(found) < _BATCH:
+            self._stop.wait(_GATHER_S)
         if self._is_due("apply", _APPLY_EVERY_S):
             for session, ledger in self._ledgers.opened():
                 self._apply_pending(session, ledger)
@@ -215,7 +219,11 @@ class ReceiptWriter:
 
     def _tell(self, session: str, rows: Iterable[Row]) -> None:
         """Where a receipt proved an unknown message to be sent, its job and the CRM hear of it."""
+        rows = list(rows)
+        finished = outbox.finished_jobs(self._redis, [row.job_id for row in rows])
         for row in rows:
+            if row.job_id in finished:
+                continue
             outcome = Outcome(
                 Status(row.status),
                 wa_message_id=row.wa_message_id,

@@ -594,6 +594,16 @@ def fail_queue(
     return count
 
 
+def finished_jobs(redis: Redis, job_ids: Sequence[str]) -> set[str]:
+    """Those that RQ calls finished; one round trip, to spare `prove_sent` for nearly all."""
+    pipeline: Any = redis.pipeline(transaction=False)
+    for job_id in job_ids:
+        pipeline.hget(_job_key(job_id), "status")
+    statuses = pipeline.execute() if job_ids else []
+    finished = JobStatus.FINISHED.value.encode()
+    return {id for id, status in zip(job_ids, statuses, strict=True) if status == finished}
+
+
 def prove_sent(redis: Redis, job_id: str, message_id: str, outcome: Outcome) -> bool:
     """A receipt proved that an unknown message was sent: say so in its job, too.
 
