@@ -34,6 +34,7 @@ class Keeper:
         sessions: Sessions,
         consumed: Callable[[], Set[str]],
         result_ttl_s: float,
+        timetable: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
@@ -41,12 +42,14 @@ class Keeper:
             sessions: An instance of its own.
             consumed: The sessions that have a device process now; their queues are left alone.
             result_ttl_s: `RESULT_TTL_S`.
+            timetable: Enqueues what is due by the clock; asked at every sweep.
         """
         self._redis = redis
         self._stream = stream
         self._sessions = sessions
         self._consumed = consumed
         self._result_ttl_s = result_ttl_s
+        self._timetable = timetable
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -64,6 +67,7 @@ class Keeper:
         while not self._leave.wait(SWEEP_S):
             try:
                 self.sweep()
+                self._timetable()
                 if sweeps % TRIM_EVERY == 0:
                     self._stream.trim()
                 sweeps += 1

@@ -23,7 +23,7 @@ from typing import Any
 from storage.errors import LockHeld, StorageError
 from storage.locks import FileLock
 from storage.sessions import Sessions
-from whatsapp_worker import process, reconnect, redis_client
+from whatsapp_worker import maintenance, process, reconnect, redis_client
 from whatsapp_worker.announcer import Announcer
 from whatsapp_worker.companions import Companion
 from whatsapp_worker.errors import AlreadyRunning
@@ -143,12 +143,14 @@ class Supervisor:
         self._notifier = Notifier(environ)
         self._consumed: frozenset[str] = frozenset()
         self._announcer = Announcer(self._stream())
+        redis = redis_client.connect(self._url)
         self._keeper = Keeper(
-            redis=redis_client.connect(self._url),
+            redis=redis,
             stream=self._stream(),
             sessions=Sessions(settings.data_dir, max_tombstones=settings.max_tombstones),
             consumed=lambda: self._consumed,
             result_ttl_s=settings.result_ttl_s,
+            timetable=lambda: maintenance.enqueue_purge(redis, settings, now=time.time()),
         )
 
     @property

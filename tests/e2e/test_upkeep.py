@@ -85,3 +85,21 @@ def _purged(world: World) -> dict[str, int]:
     done = world.run("purge", "--json")
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout)["purged"])
+
+
+def test_the_supervisor_has_the_maintenance_process_purge_in_every_slot(tmp_path: Path):
+    world = World(tmp_path, LINK_TIMEOUT_S="1", CLEANUP_INTERVAL_S="2", WORKER_HOST="here")
+    try:
+        world.start()
+        world.spawn("maintenance")
+        with world.linking("ghost") as lines:
+            assert next(lines)["event"] == "qr"
+            world.run("stop", "ghost")
+            assert list(lines)[-1]["event"] == "failed"
+        folder = world.data / "sessions" / "ghost"
+        eventually(lambda: not folder.exists(), what="the ghost is purged")
+        told = [fields[b"event"] for _, fields in world.redis.xrange("wa:events")]
+        assert b"purge.completed" in told
+    finally:
+        world.close()
+        print(world.logs())
