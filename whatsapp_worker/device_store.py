@@ -1,7 +1,7 @@
 """neonize's database file, read while no process has it open.
 
-neonize opens SQLite without WAL or a busy time-out: a reader at the wrong moment makes it fail.
-Hold the session's `session.lock` around every call here.
+Hold the session's `session.lock` around every call here: what a killed process left in the log is
+folded in by whoever opens the file next, and a reader beside neonize could make its write fail.
 """
 
 import os
@@ -65,9 +65,6 @@ def handed_over(path: Path, secrets: Iterable[bytes]) -> dict[bytes, str]:
 def adopt(pairing: Path, device: Path) -> Identity:
     """Make a finished pairing.db the session's device.db, whole or not at all.
 
-    Opening it rolls back what a killed pairing left in its journal: a journal does not follow
-    its database through a rename.
-
     Raises:
         DeviceStoreBroken: It holds no usable credentials; nothing was changed.
     """
@@ -76,9 +73,10 @@ def adopt(pairing: Path, device: Path) -> Identity:
         raise DeviceStoreBroken(f"{pairing.name} holds no credentials")
     if problems := check(pairing):
         raise DeviceStoreBroken(f"{pairing.name}: {problems[0]}")
+    _fold(pairing)
     pairing.chmod(0o600)
     _sync(pairing)
-    # A journal of the old credentials would be replayed into the new file. Reading rolls it back.
+    # A log of the old credentials would be replayed into the new file.
     with suppress(DeviceStoreBroken):
         identity(device)
     _remove_side_files(device)
@@ -104,10 +102,18 @@ def check(path: Path) -> list[str]:
     return [str(row[0]) for row in rows if row[0] != "ok"]
 
 
+def _fold(path: Path) -> None:
+    """Bring everything into the one file: a log does not follow its database through a rename."""
+    with _open(path) as database:
+        is_busy, *_ = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_busy:
+        raise DeviceStoreBroken(f"{path.name}: another process has it open")
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open for writing, since a journal left by a killed process is rolled back by the first
-    reader that may write; a read-only connection would see half a transaction or fail."""
+    """Open for writing, since what a killed process left in a journal or log is settled by the
+    first reader that may write; a read-only connection would see half a transaction or fail."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as database:
             yield database

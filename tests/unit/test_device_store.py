@@ -89,21 +89,40 @@ def test_a_failed_pairing_leaves_the_old_credentials_alone(tmp_path, content):
     assert device_store.identity(device).jid == JID
 
 
-def test_a_transaction_cut_by_a_kill_is_rolled_back_before_adopting(tmp_path):
-    pairing = make(tmp_path / "pairing.db", secrets=[b"x" * 32])
-    killed_while_writing = """
+KILLED_WHILE_WRITING = """
 import os, signal, sqlite3, sys
 database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA journal_mode = " + sys.argv[2])
 database.execute("PRAGMA cache_size = 1")
+row = ("INSERT INTO whatsmeow_message_secrets VALUES (?, '', '', ?, ?)")
+database.execute(row, ("a", "committed", b"z" * 32))
 database.execute("BEGIN IMMEDIATE")
 database.execute("DELETE FROM whatsmeow_device")
 for number in range(2000):
-    database.execute("INSERT INTO whatsmeow_message_secrets VALUES (?, '', '', ?, ?)",
-                     ("a", str(number), b"y" * 100))
+    database.execute(row, ("a", str(number), b"y" * 100))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", killed_while_writing, str(pairing)], check=False)
-    assert (tmp_path / "pairing.db-journal").exists()
-    assert device_store.adopt(pairing, tmp_path / "device.db").jid == JID
-    assert device_store.check(tmp_path / "device.db") == []
-    assert device_store.handed_over(tmp_path / "device.db", [b"y" * 100]) == {}
+
+
+@pytest.mark.parametrize(("mode", "left"), [("DELETE", "-journal"), ("WAL", "-wal")])
+def test_what_was_committed_before_a_kill_is_adopted_and_nothing_else(tmp_path, mode, left):
+    pairing, device = make(tmp_path / "pairing.db"), tmp_path / "device.db"
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(pairing), mode]
+    subprocess.run(command, check=False)
+    assert (tmp_path / f"pairing.db{left}").exists()
+    assert device_store.adopt(pairing, device).jid == JID
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device.db"]
+    assert device_store.check(device) == []
+    found = device_store.handed_over(device, [b"y" * 100, b"z" * 32])
+    assert found == {b"z" * 32: "committed"}
+
+
+def test_a_pairing_that_still_has_its_file_open_is_not_adopted(tmp_path):
+    pairing = make(tmp_path / "pairing.db")
+    with closing(sqlite3.connect(pairing, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("DELETE FROM whatsmeow_message_secrets")
+        with pytest.raises(DeviceStoreBroken):
+            device_store.adopt(pairing, tmp_path / "device.db")
+    assert not (tmp_path / "device.db").exists()
