@@ -1,6 +1,7 @@
 """A PostgreSQL for tests: TEST_DATABASE_URL, else one started here, else the one of this host."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -51,6 +52,7 @@ class Server:
             cwd=self._folder,
             user=self._user,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -88,6 +90,11 @@ class Server:
 
         parent = psutil.Process(self._process.pid)
         return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
+
+
+def _end_with_parent() -> None:
+    """A killed test run leaves no server behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
 def missing() -> str:
