@@ -1,10 +1,6 @@
-"""A checked message object as WhatsApp's own protobuf message.
-
-neonize is imported when the first message is composed, in a process that has loaded it.
-"""
+"""A checked message object as WhatsApp's own protobuf message: pure, neonize is handed in."""
 
 import re
-import time
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -22,24 +18,25 @@ _FIELDS = {
 }
 
 
-def compose(content: Content, *, chat: str, mine: Set[str]) -> Any:
+def compose(content: Content, *, chat: str, mine: Set[str], now: float, e2e: Any) -> Any:
     """The `waE2E.Message` of a content.
 
     Args:
         content: Of every type but `read`; with what it points at under `PREPARED`.
         chat: JID of the recipient.
         mine: Our own number and hidden id, in digits.
+        now: UTC seconds.
+        e2e: The module of neonize that has the classes.
     """
-    from neonize.proto.waE2E import WAWebProtobufsE2E_pb2 as e2e
-
-    return _Composer(e2e, chat, mine).compose(content)
+    return _Composer(e2e, chat, mine, int(now * 1000)).compose(content)
 
 
 class _Composer:
-    def __init__(self, e2e: Any, chat: str, mine: Set[str]) -> None:
+    def __init__(self, e2e: Any, chat: str, mine: Set[str], now_ms: int) -> None:
         self._e2e = e2e
         self._chat = chat
         self._mine = mine
+        self._now_ms = now_ms
 
     def compose(self, content: Content) -> Any:
         kind = content["type"]
@@ -96,7 +93,7 @@ class _Composer:
             reactionMessage={
                 "key": self._key(given),
                 "text": given["emoji"],
-                "senderTimestampMS": _now_ms(),
+                "senderTimestampMS": self._now_ms,
             }
         )
 
@@ -117,7 +114,7 @@ class _Composer:
             key=self._own_key(given["message_id"]),
             type=self._e2e.ProtocolMessage.MESSAGE_EDIT,
             editedMessage=self._text({"text": given["text"]}),
-            timestampMS=_now_ms(),
+            timestampMS=self._now_ms,
         )
         return self._e2e.Message(editedMessage={"message": {"protocolMessage": edit}})
 
@@ -152,10 +149,6 @@ class _Composer:
 
     def _author(self, reference: Content) -> recipient.Recipient:
         return recipient.parse(reference.get("from", self._chat))
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 def vcard(card: Content) -> str:

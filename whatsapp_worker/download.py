@@ -64,10 +64,7 @@ def _follow(url: str, into: BinaryIO, limit: int, cutoff: "_Cutoff", allow_priva
         parts = urlsplit(url)
         with _request(parts, cutoff, allow_private) as response:
             if response.status not in _REDIRECTS:
-                kind = _body(response, into, limit)
-                if cutoff.is_over():  # what was cut off looks like the end of the file
-                    raise TimeoutError
-                return kind
+                return _body(response, into, limit, cutoff)
             target = urljoin(url, response.headers.get("Location", ""))
         if not is_link(target) or (parts.scheme, urlsplit(target).scheme) == ("https", "http"):
             raise MediaFailed("the server redirects to where nobody may follow")
@@ -75,7 +72,7 @@ def _follow(url: str, into: BinaryIO, limit: int, cutoff: "_Cutoff", allow_priva
     raise MediaFailed(f"the server redirects more than {MAX_REDIRECTS} times")
 
 
-def _body(response: http.client.HTTPResponse, into: BinaryIO, limit: int) -> str:
+def _body(response: http.client.HTTPResponse, into: BinaryIO, limit: int, cutoff: "_Cutoff") -> str:
     if response.status != 200:
         raise MediaFailed(f"the server answered {response.status}")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -89,6 +86,8 @@ def _body(response: http.client.HTTPResponse, into: BinaryIO, limit: int) -> str
         if received > limit:
             raise MediaFailed(f"is longer than the {limit} bytes that are allowed")
         into.write(chunk)
+    if cutoff.is_over():  # what was cut off looks like the end of the file
+        raise TimeoutError
     if length is not None and received < length:
         raise MediaFailed(f"the server sent {received} of {length} bytes")
     return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()

@@ -127,7 +127,7 @@ class Media:
         mimetype = media_types.taken_as(kind, sniffed)
         if mimetype is None:
             takes = ", ".join(media_types.TAKEN[kind])
-            raise MediaFailed(f"is {sniffed or 'of no known type'}; a {kind} must be {takes}")
+            raise MediaFailed(f"is {sniffed or 'of no known type'}; {kind} takes {takes}")
         return _described(place, mimetype, name, _details(place, kind, mimetype, deadline))
 
     def _download(self, place: Path, url: str, limit: int, deadline: float) -> bytes:
@@ -167,26 +167,26 @@ class Media:
 def _opened(folder: Path, path: str) -> BinaryIO:
     """Open a regular file below a folder. No step of the path may be a symbolic link, so nothing
     that is renamed meanwhile leads outside."""
-    steps = path.split("/")
+    *folders, name = path.split("/")
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     where = -1
     try:
         where = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for step in steps[:-1]:
+        for step in folders:
             inner = os.open(step, flags | os.O_DIRECTORY, dir_fd=where)
             os.close(where)
             where = inner
-        file = os.fdopen(os.open(steps[-1], flags, dir_fd=where), "rb")
+        found = os.open(name, flags, dir_fd=where)
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or "no such file"
         raise MediaFailed(f"cannot be opened inside MEDIA_DIR: {words}") from error
     finally:
         if where >= 0:
             os.close(where)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
         raise MediaFailed("is not a regular file")
-    return file
+    return os.fdopen(found, "rb")
 
 
 def _described(path: Path, mimetype: str, name: str, details: Mapping[str, Any]) -> File:
