@@ -140,10 +140,10 @@ class ReceiptWriter:
 
     def _take_over(self) -> None:
         """Make the entries ours that another host's process read and never acknowledged."""
-        _, found, _ = self._redis.xautoclaim(
+        reply = self._redis.xautoclaim(
             EVENTS_STREAM, LEDGER_GROUP, self._name, _CLAIM_IDLE_MS, count=_BATCH
         )
-        self._has_leftovers |= bool(found)
+        self._has_leftovers |= bool(reply[1])  # Redis 7 adds a third part
 
     def _read(self, start: str) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
         """Entries that nobody has read (`>`), or those that we have not acknowledged (`0`)."""

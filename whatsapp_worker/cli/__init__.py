@@ -1,5 +1,6 @@
 """The command `whatsapp-worker`: verbs for operators, data on stdout, talk on stderr."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.verbose:
             raise
+        if options.serves and not hasattr(error, "exit_code"):
+            logging.getLogger(__name__).critical("process.crashed", exc_info=True)
         return _explain(error)
 
 

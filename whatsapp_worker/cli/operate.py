@@ -213,4 +213,5 @@ def _await(
 
 def _epitaph(host: Host, name: str) -> str:
     stone = host.sessions.tombstones.find(name)
-    return stone.why.removeprefix("deleted").removeprefix("; ") if stone else ""
+    why = stone.why.removeprefix("deleted; ") if stone else ""
+    return "" if why == "delete" else why
