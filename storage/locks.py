@@ -41,12 +41,6 @@ class FileLock:
     def is_held(self) -> bool:
         return self._fd is not None
 
-    def fileno(self) -> int:
-        """The descriptor that carries the lock, for handing it to a child on purpose."""
-        if self._fd is None:
-            raise ValueError(f"{self.path} is not held by this object")
-        return self._fd
-
     def acquire(self, timeout_s: float = 0, *, note: dict[str, Any] | None = None) -> None:
         """Take the lock, waiting at most `timeout_s` seconds.
 
