@@ -36,6 +36,7 @@ LEFTOVER_RETRY_S = 0.5
 SAVE_EVERY_S = 5.0  # for what changes all the time
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
+YOUNG_S = 10.0
 FORCED_MEMORY = 1.5  # times the limit
 
 _WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
@@ -523,7 +524,7 @@ class ManagedSession:
             if now - process.connecting_at > limit_s:
                 return Ending(EndingKind.LOST, Reason.CONNECTION_FAILED, "no login in time")
         if self._is_too_big(process, FORCED_MEMORY):
-            return Ending(EndingKind.RECYCLED, Reason.MEMORY_LIMIT)
+            return Ending(EndingKind.CRASHED, Reason.MEMORY_LIMIT)
         life_age_s = process.heartbeat.get("proof_of_life_age_s")
         if process.heartbeat.get("degraded") and life_age_s is not None and life_age_s > hang_s:
             return Ending(EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT, "no proof of life")
@@ -536,7 +537,9 @@ class ManagedSession:
     def _should_recycle(self, process: SessionProcess, now: float) -> bool:
         if process.login_at is None or not process.heartbeat.get("idle"):
             return False
-        return self._is_too_big(process, 1) or now - process.login_at > RECYCLE_AFTER_S
+        age_s = now - process.login_at
+        # One that is too big from the start would be recycled all the time, to no avail.
+        return age_s > RECYCLE_AFTER_S or (age_s > YOUNG_S and self._is_too_big(process, 1))
 
     # Endings
 

@@ -495,6 +495,7 @@ def test_a_deaf_connection_is_degraded_then_recycled(play: Play) -> None:
 
 def test_a_big_process_is_recycled_when_idle_and_forced_at_one_and_a_half(play: Play) -> None:
     play.start()
+    play.tick(11)
     play.say("heartbeat", rss_mib=600, idle=False)
     process = play.session.process
     assert process is not None and not process.is_ending
@@ -505,8 +506,8 @@ def test_a_big_process_is_recycled_when_idle_and_forced_at_one_and_a_half(play: 
     play.say("started", pid=0)
     play.say("connected")
     play.say("heartbeat", rss_mib=760, idle=False)
-    process = play.session.process
-    assert process is not None and process.is_ending
+    assert play.exit(None, status=15) is State.RECONNECTING
+    assert play.saved.reason == "memory-limit"
 
 
 def test_restart_replaces_the_process_and_then_names_its_generation(play: Play) -> None:

@@ -1,0 +1,254 @@
+"""Lost connections, counted where they count: at the server that is dialled."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World, eventually
+
+# What is done to each session of the story, all at the same moment.
+FATES: dict[str, dict[str, Any]] = {
+    "refused": {"refuse": True},
+    "replaced": {"conflict": "replaced"},
+    "removed": {"conflict": "device_removed"},
+    "gone": {"failure": 403},
+    "outdated": {"failure": 405},
+    "banned": {"failure": 402, "expire": 8},
+    "crashed": {"failure": 413, "count": 1},
+    "busy": {"failure": 503, "count": 1},
+    "dropped": {},
+}
+WATCHED_S = 34.0
+
+
+@dataclass
+class Story:
+    """What happened to every session within WATCHED_S of its fate."""
+
+    world: World
+    began_at: float
+    dials: dict[str, list[float]] = field(default_factory=dict)  # seconds after the loss
+    states: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    sentences: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    world = World(tmp_path_factory.mktemp("story"), FAILED_COOLDOWN_S="4")
+    for name in ("RECONNECT_WAITS_S", "RECONNECT_JITTER_S"):
+        del world.environ[name]  # the real ones: 3, 6, 12 s and at most 0.25 s more
+    try:
+        world.start()
+        phones = {name: world.link(name) for name in FATES}
+        found = Story(world, time.time())
+        for name, fate in FATES.items():
+            befall(world, phones[name], **fate)
+        time.sleep(max(0.0, found.began_at + WATCHED_S - time.time()))
+        for name, phone in phones.items():
+            note(found, name, phone)
+        yield found
+    finally:
+        world.close()
+        print(world.logs())
+
+
+def befall(
+    world: World,
+    phone: str,
+    *,
+    refuse: bool = False,
+    conflict: Any = None,
+    failure: int | None = None,
+    expire: int | None = None,
+    count: int | None = None,
+) -> None:
+    if refuse:
+        world.control.refuse(phone)
+    if failure is not None:
+        world.control.connect_failure(failure, phone, expire=expire, count=count)
+    if conflict is not None:
+        world.control.stream_error(phone, conflict=conflict)
+    else:
+        world.control.drop(phone)
+
+
+def note(story: Story, name: str, phone: str) -> None:
+    attempts = list(story.world.control.connections(phone))
+    lost = [a["ended_at"] for a in attempts if a["reached"] == "connected" and a["ended_at"]]
+    lost_at = next(at for at in lost if at >= story.began_at - 0.1)
+    story.dials[name] = [a["at"] - lost_at for a in attempts if a["at"] > lost_at]
+    events = map(json.loads, (_folder(story, name) / "history.jsonl").read_text().splitlines())
+    story.states[name] = [
+        (event["state"], event["reason"])
+        for event in events
+        if event["event"] == "session.state_changed" and event["at"] >= story.began_at
+    ]
+    story.sentences[name] = story.world.state(name)["sentence"]
+
+
+def _folder(story: Story, name: str) -> Path:
+    return story.world.data / "sessions" / name
+
+
+def test_the_waits_are_3_6_and_12_seconds_with_no_dial_but_whatsmeows_own_first(
+    story: Story,
+) -> None:
+    first, *attempts = series_of(story)
+    assert first[0] < 1.0  # whatsmeow's own, at once after the loss
+    gaps = [attempts[0][0]] + [b[0] - a[-1] for a, b in itertools.pairwise(attempts)]
+    for gap_s, wait_s in zip(gaps[:3], (3, 6, 12), strict=True):
+        assert wait_s - 0.1 <= gap_s <= wait_s + 0.25 + 0.75, story.dials["refused"]
+
+
+def series_of(story: Story) -> list[list[float]]:
+    """The dials of the refused session, one list an attempt: after a login that is cut off
+    whatsmeow dials once more by itself, before its process can end."""
+    attempts: list[list[float]] = []
+    for at in story.dials["refused"]:
+        if attempts and at - attempts[-1][0] < 1.0:
+            attempts[-1].append(at)
+        else:
+            attempts.append([at])
+    assert all(len(attempt) <= 2 for attempt in attempts), attempts
+    return attempts
+
+
+def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series(
+    story: Story,
+) -> None:
+    words = story.states["refused"]
+    assert [word for word, _ in words[:7]] == ["reconnecting", "connecting"] * 3 + ["failed"]
+    _, _, second, third, fourth, fifth = series_of(story)
+    assert third[0] - second[-1] > 11
+    assert 4 - 0.1 <= fourth[0] - third[-1] <= 4.4 + 1.0
+    # The cool-down stood in the place of the first wait: 6 s come next.
+    assert 6 - 0.1 <= fifth[0] - fourth[-1] <= 7.0
+
+
+@pytest.mark.parametrize(
+    "name, state, reason, words",
+    [
+        ("replaced", "replaced", "wa-stream-replaced", "Stop the other one"),
+        ("removed", "logged_out", "wa-logged-out", "whatsapp-worker link removed"),
+        ("gone", "logged_out", "wa-main-device-gone", "whatsapp-worker link gone"),
+        ("outdated", "outdated", "wa-client-outdated", "Upgrade neonize"),
+    ],
+)
+def test_what_only_a_person_can_mend_is_said_and_never_dialled_again(
+    story: Story, name: str, state: str, reason: str, words: str
+) -> None:
+    assert story.states[name][-1] == (state, reason)
+    assert words in story.sentences[name]
+    assert story.world.state(name)["pid"] is None
+    # One dial: whatsmeow's own after the loss, or ours, which got the refusal.
+    assert len(story.dials[name]) <= (0 if name in ("replaced", "removed") else 1)
+
+
+def test_a_temporary_ban_is_told_and_ends_by_itself(story: Story) -> None:
+    states = story.states["banned"]
+    assert ("banned", "wa-temporary-ban") in states
+    assert states[-1] == ("connected", None)
+    first, *later = story.dials["banned"]
+    assert len(later) == 1
+    assert 7 <= later[0] - first <= 11, "the ban lasted 8 s"
+
+
+@pytest.mark.parametrize("name", ["crashed", "busy", "dropped"])
+def test_what_heals_by_itself_is_connected_again(story: Story, name: str) -> None:
+    assert story.states[name][-1] == ("connected", None)
+    assert story.world.state(name)["attempt"] == 0
+
+
+def test_a_crash_is_told_as_a_crash_and_costs_no_other_session(story: Story) -> None:
+    assert ("reconnecting", "process-crashed") in story.states["crashed"]
+    assert "process-crashed" not in {reason for _, reason in story.states["dropped"]}
+
+
+def test_whom_the_server_takes_back_gets_its_queue_done(story: Story) -> None:
+    story.world.control.remove_fault()
+    job = story.world.enqueue("refused", "5521988880001", "at last", "m1")
+    done = story.world.run("start", "refused", "--json")
+    assert json.loads(done.stdout)["state"] == "connected", done.stderr
+    assert story.world.await_outcomes([job])[0]["status"] == "sent"
+
+
+def test_with_no_cool_down_failed_is_final_until_a_person_acts(tmp_path: Path) -> None:
+    world = World(tmp_path, FAILED_COOLDOWN_S="0", RECONNECT_WAITS_S="0.1,0.1,0.1")
+    try:
+        phone = world.start().link("sales")
+        world.control.refuse(phone)
+        world.control.drop(phone)
+        world.await_state("sales", "failed")
+        dials = len(world.control.connections(phone))
+        time.sleep(4)
+        assert len(world.control.connections(phone)) == dials
+        assert world.state("sales")["next_attempt_at"] is None
+        world.control.remove_fault()
+        assert json.loads(world.run("start", "sales", "--json").stdout)["state"] == "connected"
+    finally:
+        world.close()
+
+
+SESSIONS = 8
+OUTAGE_S = 30.0
+
+
+def test_an_outage_of_the_host_is_one_canarys_business_and_ends_within_seconds(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, FAILED_COOLDOWN_S="300", RECONNECT_WAITS_S="0.2,0.4,0.8")
+    names = [f"s{n}" for n in range(SESSIONS)]
+    try:
+        world.start()
+        for name in names:
+            world.link(name)
+        world.control.refuse()
+        world.control.drop()
+        for name in names:
+            world.await_state(name, "failed", within_s=30)
+        began_at, since = time.monotonic(), _last_seq(world)
+        time.sleep(OUTAGE_S)
+        dials = len(world.control.connections(since=since))
+        # Every canary's process dials once itself; whatsmeow may add one of its own.
+        assert 2 <= dials <= 2 * (OUTAGE_S / 10 + 1), "a storm, or no canary"
+        world.control.remove_fault()
+        ended_at = time.monotonic()
+        for name in names:
+            world.await_state(name, "connected", within_s=25)
+        print(f"outage {ended_at - began_at:.0f} s, back in {time.monotonic() - ended_at:.1f} s")
+        assert _most_at_once(world, _last_seq(world, before=ended_at)) <= 8
+    finally:
+        world.close()
+        print(world.logs())
+
+
+def _last_seq(world: World, *, before: float = float("inf")) -> int:
+    rows = [row for row in world.control.connections() if row["monotonic"] < before]
+    return int(rows[-1]["seq"])
+
+
+def _most_at_once(world: World, since: int) -> int:
+    """Attempts that began within the same 300 ms, which is what a login takes."""
+    starts = sorted(row["monotonic"] for row in world.control.connections(since=since))
+    return max(sum(at <= other < at + 0.3 for other in starts) for at in starts)
+
+
+def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path: Path) -> None:
+    world = World(tmp_path, MEMORY_LIMIT_MIB="50", HEALTH_CHECK_INTERVAL_S="0.5")
+    try:
+        phone = world.start().link("sales")
+        pid = world.state("sales")["pid"]
+        eventually(lambda: world.state("sales")["pid"] not in (None, pid), within_s=30)
+        jobs = [world.enqueue("sales", "5521988880001", f"{n}", f"m{n}") for n in range(20)]
+        assert {o["status"] for o in world.await_outcomes(jobs)} == {"sent"}
+        assert [row["text"] for row in world.arrived(sender=phone)] == [f"{n}" for n in range(20)]
+        reasons = (world.data / "sessions/sales/history.jsonl").read_text()
+        assert "memory-limit" in reasons
+    finally:
+        world.close()
+        print(world.logs())
