@@ -22,7 +22,11 @@ class Bench:
 
     def __init__(self, folder):
         self.world = World(folder, HEALTH_CHECK_INTERVAL_S="0.5", CONNECT_TIMEOUT_S="20")
-        self.world.start_sandbox()
+        try:
+            self.world.start_sandbox()
+        except BaseException:
+            self.world.close()
+            raise
         self.control = self.world.control
         self.sessions = Sessions(self.world.data)
         self.sessions.prepare()
