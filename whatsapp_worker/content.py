@@ -61,10 +61,14 @@ def _link(text: str) -> str:
     return text
 
 
+def is_inside(path: str) -> bool:
+    """Whether a path leads below the folder that it is joined to, links aside."""
+    steps = path.split("/")
+    return not any(step in ("", ".", "..") or len(step.encode()) > 255 for step in steps)
+
+
 def _inside(text: str) -> str:
-    """A path that stays below the folder that it is joined to, whatever lies there."""
-    steps = text.split("/")
-    if any(step in ("", ".", "..") or len(step.encode()) > 255 for step in steps):
+    if not is_inside(text):
         raise PydanticCustomError("path", "must be a path inside MEDIA_DIR, such as offers/may.pdf")
     return text
 

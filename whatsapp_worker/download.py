@@ -31,6 +31,14 @@ _HEADERS = {
     "Connection": "close",
 }
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Set aside by IANA, and called global by some versions of Python: protocol assignments, the relay
+# of 6to4, local NAT64, documentation, segment routing.
+_SET_ASIDE = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "64:ff9b:1::/48", "3fff::/20", "5f00::/16"),
+    )
+)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -139,8 +147,10 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
-        if address.teredo is not None or address.is_site_local:
+        if address.is_site_local:
             return False
+    if any(address in network for network in _SET_ASIDE):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 

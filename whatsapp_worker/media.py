@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from whatsapp_worker import media_types
+from whatsapp_worker.content import is_inside
 from whatsapp_worker.errors import MediaFailed
 from whatsapp_worker.media_types import MIB, OPUS
 from whatsapp_worker.settings import Settings
@@ -167,6 +168,8 @@ class Media:
 def _opened(folder: Path, path: str) -> BinaryIO:
     """Open a regular file below a folder. No step of the path may be a symbolic link, so nothing
     that is renamed meanwhile leads outside."""
+    if not is_inside(path):
+        raise MediaFailed("is not inside MEDIA_DIR")
     *folders, name = path.split("/")
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     where = -1
