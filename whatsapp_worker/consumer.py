@@ -763,8 +763,7 @@ class Consumer:
         now = time.monotonic()
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
-            self._outbox.move_due()
-            self._depth = self._outbox.depth()
+            self._depth = self._outbox.survey()
         if now - self._tidied_at >= _TIDY_S:
             self._tidied_at = now
             self._outbox.tidy()

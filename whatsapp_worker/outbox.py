@@ -13,6 +13,7 @@ A CRM reads what became of its job with plain RQ: `Job.fetch(id, connection=redi
 serializer=JSONSerializer)`, then `get_status()`, `meta["outcome"]`, `latest_result()`.
 """
 
+import contextlib
 import json
 import logging
 import select
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from redis import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 from rq.defaults import RQ_KEY_PREFIX
 from rq.job import JOB_ID_PATTERN, JobStatus
 from rq.results import Result
@@ -48,10 +50,12 @@ from whatsapp_worker.rq_job import (
     settled_fields,
 )
 from whatsapp_worker.stream import EventStream, event_id
+from whatsapp_worker.wire import Command, Wire
 
 log = logging.getLogger(__name__)
 
 _BLOCK_S = 0.5  # of one BLMOVE: bounds how long leaving takes
+_LATE_S = 5.0  # after which an answer to it does not come any more
 _BATCH = 1000
 
 # Scripts: one command and one answer, where MULTI takes a dozen and costs a millisecond of Python.
@@ -132,9 +136,10 @@ class _Lane:
     """One queue: what was popped from it, and a connection that may be waiting for more."""
 
     name: str
+    wire: Wire
     held: Job | None = None  # popped and read, its turn has not come
     in_hand: set[Job] = field(default_factory=set)  # given out by `next` and not finished
-    waiting: Any = None  # the connection whose BLMOVE has not been answered
+    asked_at: float | None = None  # monotonic; since when its BLMOVE has not been answered
 
     @property
     def queue(self) -> str:
@@ -188,9 +193,8 @@ class Outbox:
         self._stream = stream
         self._ttl_s = int(result_ttl_s) or 1
         names = queues or (outbound_queue(id, high=True), outbound_queue(id))
-        self._lanes = [_Lane(name) for name in names]
-        self._noting: Any = None  # the connection of `note`
-        self._notes = 0  # that Redis has not answered
+        self._lanes = [_Lane(name, Wire(redis)) for name in names]
+        self._wire = Wire(redis)  # of what is done for each message
 
     # Taking
 
@@ -214,22 +218,20 @@ class Outbox:
             started: Its RQ status becomes `started`.
             pop: Take the next job of each lane that has none popped.
         """
-        pipeline = self._redis.pipeline(transaction=False)
-        for item in finished:
-            self._queue_finish(pipeline, item)
+        commands: list[Command] = [self._finish_command(item) for item in finished]
         if started is not None and started.exists:
-            fields = {"status": "started", "started_at": rq_time(time.time())}
-            pipeline.hset(_job_key(started.id), mapping=fields)
+            now = rq_time(time.time())
+            key = _job_key(started.id)
+            commands.append(("HSET", key, "status", "started", "started_at", now))
         lanes = [lane for lane in self._lanes if pop and self._may_pop(lane)]
         if lanes:
             keys = [key for lane in lanes for key in (lane.queue, lane.limbo)]
-            pipeline.eval(_POP, len(keys), *keys, _job_key(""))
-        replies = pipeline.execute() if pipeline.command_stack else []
-        self._collect_notes()
+            commands.append(("EVAL", _POP, len(keys), *keys, _job_key("")))
+        answers = self._wire.ask(*commands) if commands else []
         for item in finished:
             self._lane_of(item.job).in_hand.discard(item.job)
         if lanes:
-            self._hold(zip(lanes, replies[-1], strict=True))
+            self._hold(zip(lanes, answers[-1], strict=True))
 
     def wait(self, timeout_s: float, *, wake: int) -> None:
         """Wait for a job on any lane; Redis pops what is pushed meanwhile at once.
@@ -239,45 +241,38 @@ class Outbox:
             wake: A file descriptor; returns when it becomes readable.
         """
         for lane in self._lanes:
-            if lane.held is None and lane.waiting is None:
-                self._ask(lane)
+            if lane.held is None and lane.asked_at is None:
+                lane.asked_at = time.monotonic()
+                lane.wire.send(("BLMOVE", lane.queue, lane.limbo, "LEFT", "RIGHT", _BLOCK_S))
         self._collect(timeout_s, wake)
 
     def _may_pop(self, lane: _Lane) -> bool:
         # A BLMOVE still under way may have popped already: its answer comes first.
-        if lane.waiting is not None:
+        if lane.asked_at is not None:
             self._collect(0)
-        return lane.held is None and lane.waiting is None
-
-    def _ask(self, lane: _Lane) -> None:
-        connection = self._redis.connection_pool.get_connection()
-        lane.waiting = connection
-        connection.send_command("BLMOVE", lane.queue, lane.limbo, "LEFT", "RIGHT", _BLOCK_S)
+        return lane.held is None and lane.asked_at is None
 
     def _collect(self, timeout_s: float, *wake: int) -> None:
         """Take the answers of BLMOVEs that arrive within the time."""
-        waiting = {lane.waiting._sock.fileno(): lane for lane in self._lanes if lane.waiting}
+        waiting = {lane.wire.fileno(): lane for lane in self._lanes if lane.asked_at is not None}
         poll = select.poll()
         for fd in (*waiting, *wake):
             poll.register(fd, select.POLLIN)
         ready = [waiting[fd] for fd, _ in poll.poll(timeout_s * 1000) if fd in waiting]
         popped = [(lane, self._answer(lane)) for lane in ready]
         self._hold([(lane, self._load(lane, raw_id)) for lane, raw_id in popped if raw_id])
+        overdue = time.monotonic() - _BLOCK_S - _LATE_S
+        if any(lane.asked_at is not None and lane.asked_at < overdue for lane in self._lanes):
+            raise RedisTimeout("a BLMOVE was not answered in time: its connection is dead")
 
     def _answer(self, lane: _Lane) -> bytes | None:
-        connection, lane.waiting = lane.waiting, None
-        try:
-            answer: bytes | None = connection.read_response()
-        except BaseException:
-            connection.disconnect()
-            raise
-        finally:
-            self._redis.connection_pool.release(connection)
-        return answer
+        lane.asked_at = None
+        [raw_id] = lane.wire.read()
+        return raw_id  # type: ignore[no-any-return]
 
     def _load(self, lane: _Lane, raw_id: bytes) -> list[Any]:
-        found: list[Any] = self._redis.eval(_LOAD, 1, lane.limbo, _job_key(""), raw_id)
-        return found
+        [found] = self._wire.ask(("EVAL", _LOAD, 1, lane.limbo, _job_key(""), raw_id))
+        return found  # type: ignore[no-any-return]
 
     def _hold(self, popped: Iterable[tuple[_Lane, list[Any] | None]]) -> None:
         """Keep the jobs just popped until their turn comes."""
@@ -313,17 +308,9 @@ class Outbox:
         Redis has it when this returns, but has not answered: the next `exchange` looks.
         """
         meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
-        if self._noting is None:
-            self._noting = self._redis.connection_pool.get_connection()
-        self._noting.send_command("HSET", _job_key(job.id), "meta", meta)
-        self._notes += 1
+        self._wire.send(("HSET", _job_key(job.id), "meta", meta))
 
-    def _collect_notes(self) -> None:
-        while self._notes:
-            self._notes -= 1
-            self._noting.read_response()
-
-    def _queue_finish(self, pipeline: Any, item: Finished) -> None:
+    def _finish_command(self, item: Finished) -> Command:
         job, outcome, _ = item
         result: Mapping[str, Any] = {}
         event: Mapping[str, Any] = {}
@@ -344,7 +331,8 @@ class Outbox:
             lane.limbo,
             EVENTS_STREAM,
         )
-        pipeline.eval(
+        return (
+            "EVAL",
             _FINISH,
             len(keys),
             *keys,
@@ -373,22 +361,31 @@ class Outbox:
         pipeline.execute()
         lane.in_hand.discard(job)
 
-    def move_due(self) -> None:
-        """Put the laid-aside jobs whose time has come at the head of their queues, the earliest
-        first; RQ's own `enqueue_at` and `enqueue_in` lay theirs into the same registry."""
+    def survey(self) -> int:
+        """How many jobs wait or are in hand. On the way, laid-aside jobs whose time has come go to
+        the head of their queues, the earliest first; RQ's own `enqueue_at` and `enqueue_in` lay
+        theirs into the same registry."""
         now = time.time()
+        commands: list[Command] = []
         for lane in self._lanes:
-            due = self._redis.zrangebyscore(lane.scheduled, 0, now, start=0, num=_BATCH)
-            if not due:
-                continue
-            existing = self._existing(due)
-            pipeline = self._redis.pipeline(transaction=True)
-            for raw_id in reversed(due):
-                pipeline.zrem(lane.scheduled, raw_id)
-                if raw_id in existing:
-                    pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
-                    pipeline.lpush(lane.queue, raw_id)
-            pipeline.execute()
+            commands.append(("ZRANGEBYSCORE", lane.scheduled, 0, now, "LIMIT", 0, _BATCH))
+            commands.append(("LLEN", lane.queue))
+            commands.append(("LLEN", lane.limbo))
+        answers = self._wire.ask(*commands)
+        for lane, due in zip(self._lanes, answers[::3], strict=True):
+            if due:
+                self._move(lane, due)
+        return int(sum(answers[1::3]) + sum(answers[2::3]))
+
+    def _move(self, lane: _Lane, due: Sequence[bytes]) -> None:
+        existing = self._existing(due)
+        pipeline = self._redis.pipeline(transaction=True)
+        for raw_id in reversed(due):
+            pipeline.zrem(lane.scheduled, raw_id)
+            if raw_id in existing:
+                pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
+                pipeline.lpush(lane.queue, raw_id)
+        pipeline.execute()
 
     # Putting in order
 
@@ -462,34 +459,21 @@ class Outbox:
 
     def _hang_up(self) -> None:
         """End the connections that wait; what their BLMOVE popped is in a limbo list."""
-        if self._noting is not None:
-            noting, self._noting, self._notes = self._noting, None, 0
-            noting.disconnect()
-            self._redis.connection_pool.release(noting)
-        for lane in self._lanes:
-            connection, lane.waiting = lane.waiting, None
-            if connection is None:
-                continue
-            try:
-                connection.read_response()
-            except (RedisError, OSError):
-                connection.disconnect()
-            self._redis.connection_pool.release(connection)
+        self._wire.close()
+        waiting = [lane for lane in self._lanes if lane.asked_at is not None]
+        for lane in waiting:
+            lane.asked_at = None
+            with contextlib.suppress(RedisError):
+                # Answered within _BLOCK_S; a connection cut off instead might pop until Redis
+                # notices, after we have looked.
+                lane.wire.read()
 
     # Knowing
-
-    def depth(self) -> int:
-        """Jobs that wait or are in hand."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for lane in self._lanes:
-            pipeline.llen(lane.queue)
-            pipeline.llen(lane.limbo)
-        return sum(pipeline.execute())
 
     @property
     def is_holding(self) -> bool:
         """Whether jobs were popped, or may be at any moment."""
-        return any(lane.held or lane.waiting or lane.in_hand for lane in self._lanes)
+        return any(lane.held or lane.asked_at or lane.in_hand for lane in self._lanes)
 
     def tell(self, event: Event, payload: Mapping[str, Any]) -> None:
         """Tell the stream something of this session."""

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from redis.exceptions import RedisError
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 10_000  # facts
 _REMEMBERED = 20_000  # messages whose ids are known without asking the ledger
 _BATCH = 200
-_LOOK_S = 0.25
+_LOOK_S = 1.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
 # A receipt may overtake the return of the send that it is for.
 _OVERTAKING_S = 0.5
@@ -58,7 +58,7 @@ class FactWriter:
         self._session = session
         self._stream = stream
         self._ledger = ledger
-        self._waiting: queue.Queue[Receipt | Inbound] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[Receipt | Inbound | None] = queue.Queue(MAX_WAITING)
         self._known: OrderedDict[str, str] = OrderedDict()
         self._todo: deque[_Item] = deque()
         self._lock = threading.Lock()
@@ -90,13 +90,16 @@ class FactWriter:
     def close(self, *, timeout_s: float = 1.0) -> None:
         """Write what waits, at most for `timeout_s`, and end the thread."""
         self._closed_at = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)  # ends the wait
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
         rest_s = _FIRST_REST_S
         while not (self._closed_at is not None and self._is_done()):
-            self._todo.extend(self._take())
+            if len(self._todo) < _BATCH:
+                self._todo.extend(self._take())
             try:
                 self._write_all()
                 rest_s = _FIRST_REST_S
@@ -120,45 +123,47 @@ class FactWriter:
                 expires_at = time.monotonic() + _OVERTAKING_S
                 if isinstance(fact, Inbound):
                     yield _Item(fact, fact.wa_message_id, expires_at)
-                else:
+                elif fact is not None:
                     yield from (_Item(fact, id, expires_at) for id in fact.wa_message_ids)
 
     def _write_all(self) -> None:
         """Write what can be written; keep a receipt that overtook its message for a moment."""
+        entries = []
         kept: deque[_Item] = deque()
-        try:
-            while self._todo:
-                if not self._write(self._todo[0]):
-                    kept.append(self._todo[0])
-                self._todo.popleft()
-        finally:
-            self._todo.extendleft(reversed(kept))
+        for item in self._todo:
+            entry = self._entry(item)
+            if entry is None:
+                kept.append(item)
+            else:
+                entries.append(entry)
+        if entries:
+            self._stream.add_many(entries)
+        self._todo = kept
 
-    def _write(self, item: _Item) -> bool:
+    def _entry(self, item: _Item) -> Mapping[str, str | int] | None:
+        """The event; None for a receipt whose message is not known yet."""
         fact = item.fact
         if isinstance(fact, Inbound):
-            self._write_inbound(fact)
-            return True
+            return self._inbound(fact)
         message_id = self._message_id(item.wa_message_id)
         is_late = time.monotonic() > item.expires_at or self._closed_at is not None
         if message_id is None and not is_late:
-            return False
+            return None
         event = Event(f"message.{fact.kind}")
         payload = {
             "message_id": message_id,
             "wa_message_id": item.wa_message_id,
-            "wa_id": fact.phone or fact.sender.partition("@")[0].partition(":")[0],
+            "wa_id": fact.phone or _digits(fact.sender),
             "chat": fact.chat,
             "at": fact.at,
         }
         id = event_id(self._session, "receipt", item.wa_message_id, fact.sender, event)
-        self._stream.add(event, self._session, payload, id=id)
-        return True
+        return self._stream.entry(event, self._session, payload, id=id)
 
-    def _write_inbound(self, fact: Inbound) -> None:
+    def _inbound(self, fact: Inbound) -> Mapping[str, str | int]:
         payload: dict[str, Any] = {
             "wa_message_id": fact.wa_message_id,
-            "from": fact.phone or fact.sender.partition("@")[0].partition(":")[0],
+            "from": fact.phone or _digits(fact.sender),
             "chat": fact.chat,
             "sender": fact.sender,
             "push_name": fact.push_name,
@@ -167,7 +172,7 @@ class FactWriter:
             "at": fact.at,
         }
         id = event_id(self._session, "inbound", fact.chat, fact.sender, fact.wa_message_id)
-        self._stream.add(Event.RECEIVED, self._session, payload, id=id)
+        return self._stream.entry(Event.RECEIVED, self._session, payload, id=id)
 
     def _message_id(self, wa_message_id: str) -> str | None:
         with self._lock:
@@ -179,3 +184,7 @@ class FactWriter:
         except StorageError:
             return None  # the events process brings the receipt to its row when it can
         return row.message_id if row is not None else None
+
+
+def _digits(jid: str) -> str:
+    return jid.partition("@")[0].partition(":")[0]
