@@ -80,6 +80,7 @@ def preload() -> None:
     neonize's modules import each other as top-level packages from its folder `proto`, and so do
     we. A child finds them under neonize's own names, too, instead of building them again.
     """
+    find_libmagic()
     spec = importlib.util.find_spec("neonize")
     if spec is None or not spec.submodule_search_locations:
         return
@@ -92,6 +93,16 @@ def preload() -> None:
     for name, module in tuple(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(folder):
             _preloaded[f"neonize.proto.{name}"] = module
+
+
+def find_libmagic() -> None:
+    """Import `magic`, which neonize needs and which needs a C library that slim systems lack:
+    there the copy that a package brings is taken. neonize cannot be imported without."""
+    try:
+        importlib.import_module("magic")
+    except ImportError:
+        importlib.import_module("pylibmagic")  # sets the variables that `magic` and C read
+        importlib.import_module("magic")
 
 
 class SendFailed(SendError):
@@ -155,6 +166,7 @@ class Device:
 
             patch.check_environment(os.environ)
         sys.modules.update(_preloaded)
+        find_libmagic()
         import neonize.client as library
 
         if self._network == "sandbox":

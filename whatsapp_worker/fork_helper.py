@@ -47,7 +47,6 @@ PRELOAD = (
     "google.protobuf.internal.enum_type_wrapper",
     "google.protobuf.json_format",
     "segno",
-    "magic",
     "phonenumbers",
     "PIL.Image",
     "PIL.ImageSequence",
