@@ -285,6 +285,17 @@ class Supervisor:
                 self._reap_orphan(run, now)
             elif run.has_vanished(now):
                 self._on_exit(run, None, now)
+        self._reap_strangers()
+
+    def _reap_strangers(self) -> None:
+        """Adopted processes that nobody knows: what a device process started and left behind."""
+        children = [self._helper, self._redis, *self._companions, *self._processes.values()]
+        known = {child.pid for child in children if child is not None}
+        with contextlib.suppress(ChildProcessError):
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in known:  # its owner will ask for it
+                    return
+                os.waitpid(found.si_pid, 0)
 
     def _reap_orphan(self, run: SessionProcess, now: float) -> None:
         if run.pid is None:  # it was never forked, or will tell its id

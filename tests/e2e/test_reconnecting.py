@@ -239,10 +239,16 @@ def _most_at_once(world: World, since: int) -> int:
 
 
 def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path: Path) -> None:
-    world = World(tmp_path, MEMORY_LIMIT_MIB="50", HEALTH_CHECK_INTERVAL_S="0.5")
+    world = World(tmp_path, HEALTH_CHECK_INTERVAL_S="0.5")
     try:
         phone = world.start().link("sales")
-        pid = world.state("sales")["pid"]
+        rss_mib = eventually(lambda: world.state("sales")["rss_mib"])
+        assert world.supervisor is not None
+        world.supervisor.terminate()
+        world.supervisor.wait(15)
+        world.environ["MEMORY_LIMIT_MIB"] = str(int(rss_mib * 0.85))
+        world.start_supervisor()
+        pid = eventually(lambda: world.state("sales")["pid"])
         eventually(lambda: world.state("sales")["pid"] not in (None, pid), within_s=30)
         jobs = [world.enqueue("sales", "5521988880001", f"{n}", f"m{n}") for n in range(20)]
         assert {o["status"] for o in world.await_outcomes(jobs)} == {"sent"}

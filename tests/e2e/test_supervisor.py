@@ -36,6 +36,10 @@ def family(world: World) -> list[psutil.Process]:
     return psutil.Process(world.supervisor.pid).children(recursive=True)
 
 
+def zombies(world: World) -> list[psutil.Process]:
+    return [process for process in family(world) if not alive(process.pid)]
+
+
 def connections(world: World, phone: str | None = None) -> list[dict[str, Any]]:
     return list(world.control.connections(phone))
 
@@ -94,7 +98,7 @@ def test_device_processes_outlive_the_fork_helper_and_a_new_one_serves(world: Wo
     os.kill(pid, signal.SIGKILL)  # an orphan, adopted by the supervisor
     eventually(lambda: world.state("sales")["pid"] not in (None, pid), what="the next process")
     world.await_state("sales", "connected")
-    assert not psutil.pid_exists(pid), "a zombie is left"
+    eventually(lambda: not zombies(world), within_s=5, what="no zombie is left")
 
 
 def test_a_stopped_fork_helper_is_replaced(world: World) -> None:
