@@ -332,6 +332,21 @@ def test_a_slow_server_is_given_up_and_the_next_message_goes_out(bench: Bench) -
     assert 4.5 < time.monotonic() - began < 10
 
 
+def test_an_upload_that_hangs_fails_its_message_alone(bench: Bench) -> None:
+    assert bench.device is not None
+    pid = bench.device.pid
+    bench.control.stall()
+    try:
+        hung = bench.outcome({"type": "image", "image": {"file": "may/a.jpg"}})
+    finally:
+        bench.control.unstall()
+    assert hung["status"] == "failed"
+    assert "not ready within MEDIA_TIMEOUT_S" in hung["error"]
+    assert bench.arrived(text("after the upload"))
+    assert bench.device.pid == pid
+    assert bench.control.messages(to=ANA)[-1]["text"] == "after the upload"
+
+
 def test_a_private_address_is_refused_unless_allowed(bench: Bench) -> None:
     bench.connect(MEDIA_ALLOW_PRIVATE="0")
     asked = len(bench.web.asked)
