@@ -1,6 +1,7 @@
 """What a web page says of itself, for the preview of a link: pure, over bytes from strangers."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from urllib.parse import urljoin
@@ -24,7 +25,9 @@ class Page:
 def read(html: bytes, url: str) -> Page:
     """Read a page; empty when it is none. `url` is its own."""
     reader = _Reader()
-    reader.feed(html.decode("utf-8", "replace"))
+    # The library's parser asserts where it is surprised; what it read before that stays.
+    with suppress(AssertionError, ValueError):
+        reader.feed(html.decode("utf-8", "replace"))
     fields = {
         "title": _first(reader.said, _TITLES)[:_MAX_TITLE],
         "description": _first(reader.said, _DESCRIPTIONS)[:_MAX_DESCRIPTION],

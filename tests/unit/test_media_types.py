@@ -86,6 +86,8 @@ def test_a_page_says_what_it_is() -> None:
     assert found.picture == "https://example.org/a.jpg"
     plain = page.read(b"<title> A\n title </title><img src=x>", "https://example.org")
     assert (plain.fields, plain.picture) == ({"title": "A title"}, None)
+    torn = page.read(HTML + b"<![\x00", "https://example.org")
+    assert torn.fields == found.fields
     assert page.read(b"", "https://example.org").fields == {}
 
 
