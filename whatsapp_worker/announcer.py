@@ -49,12 +49,12 @@ class Announcer:
 
     def stop(self, *, timeout_s: float) -> bool:
         """Flush what waits; whether that was done in time."""
-        self.announce_end()
+        self._announce_end()
         self._thread.join(timeout_s)
         self._leave.set()
         return not self._thread.is_alive()
 
-    def announce_end(self) -> None:
+    def _announce_end(self) -> None:
         try:
             self._waiting.put_nowait(None)
         except queue.Full:

@@ -8,6 +8,7 @@ monotonic seconds, those in records are UTC seconds.
 import dataclasses
 import json
 import logging
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ SAVE_EVERY_S = 5.0  # for what changes all the time
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
 YOUNG_S = 10.0
+OPEN_FILES_SHARE = 0.8
 FORCED_MEMORY = 1.5  # times the limit
 
 _WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
@@ -135,6 +137,7 @@ class ManagedSession:
         self._save_at = 0.0
         self._retry_save_at = 0.0
         self._not_before = 0.0  # no process is started before
+        self._sent = 0  # messages of this process, as it last said
         self._phone_lists_it = False
         self._is_gone = False
         self.record = record or StateRecord(
@@ -281,6 +284,9 @@ class ManagedSession:
 
     def _on_heartbeat(self, report: dict[str, Any]) -> None:
         age_s = report.get("proof_of_life_age_s")
+        sent, self._sent = self._sent, int(report.get("sent") or 0)
+        if self._sent > sent:
+            self._set(touched_at=round(self._host.wall(), 3))
         alive_at = None if age_s is None else round(self._host.wall() - float(age_s), 1)
         self._set(
             degraded=bool(report.get("degraded")) and self.state is State.CONNECTED,
@@ -539,7 +545,8 @@ class ManagedSession:
             return False
         age_s = now - process.login_at
         # One that is too big from the start would be recycled all the time, to no avail.
-        return age_s > RECYCLE_AFTER_S or (age_s > YOUNG_S and self._is_too_big(process, 1))
+        is_leaking = self._is_too_big(process, 1) or _descriptors_run_out(process)
+        return age_s > RECYCLE_AFTER_S or (age_s > YOUNG_S and is_leaking)
 
     # Endings
 
@@ -553,7 +560,7 @@ class ManagedSession:
         process, self.process = self.process, None
         if process is None:
             return
-        self._is_restarting = False
+        self._is_restarting, self._sent = False, 0
         self._set(pid=None, degraded=False, rss_mib=None, queue=None)
         self._note_event(f"{process.kind}.ended", **ending.report())
         log.info(
@@ -845,6 +852,12 @@ class ManagedSession:
 
 
 _LEFT = "The supervisor was shut down. The session starts again with it: whatsapp-worker run"
+
+
+def _descriptors_run_out(process: SessionProcess) -> bool:
+    """Whether it has most of the open files that it may have; its limit is ours."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return int(process.heartbeat.get("fds") or 0) > OPEN_FILES_SHARE * limit
 
 
 def _lasting(record: StateRecord) -> StateRecord:

@@ -4,11 +4,13 @@ It listens on a Unix socket in DATA_DIR/redis (or on loopback with a password wh
 too long for a socket), keeps an append-only file there, never evicts, and ends with its owner.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -24,6 +26,7 @@ from whatsapp_worker.settings import Settings
 
 SOCKET_PATH_MAX = 99  # bytes; the kernel's limit is 107 and some clients append to it
 START_TIMEOUT_S = 20.0
+PREDECESSOR_TIMEOUT_S = 5.0
 _NOT_INSTALLED = (
     "No Redis server program was found. Install one (Debian and Ubuntu: apt install redis-server;"
     " or valkey-server), or set REDIS_URL to a Redis that runs elsewhere"
@@ -110,12 +113,27 @@ class EmbeddedRedis:
 
     def start(self) -> None:
         """Start it, and say in redis.json where it is; does not wait for it to answer."""
+        self._outlast_predecessor()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         configuration = self._folder / "redis.conf"
         _write(configuration, "\n".join([*self._listen, *self._keeping(), ""]))
         command = [self._program, str(configuration)]
         self._process = process.start_bound(command, environ=self._environ)
         _write(_announcement(self._data_dir), json.dumps({"url": self.url, "pid": self.pid}))
+
+    def _outlast_predecessor(self) -> None:
+        """Wait for the Redis of an owner that was killed: two on one file would ruin it, and the
+        old one takes the socket's name away when it ends."""
+        try:
+            pid = int(json.loads(_announcement(self._data_dir).read_text())["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        deadline = time.monotonic() + PREDECESSOR_TIMEOUT_S
+        while pid != self.pid and _is_redis(pid):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
     def _keeping(self) -> list[str]:
         return [
@@ -153,6 +171,12 @@ class EmbeddedRedis:
         if not self._process or not self.is_running():
             return True
         return process.end(self._process, timeout_s=timeout_s)
+
+
+def _is_redis(pid: int) -> bool:
+    """Whether this process is alive and a Redis; its command line shows no more than that."""
+    words = process.command_line(pid)
+    return process.is_alive(pid) and ("redis-server" in words or "valkey-server" in words)
 
 
 def _answers(client: redis.Redis) -> bool:

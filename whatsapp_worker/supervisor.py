@@ -199,7 +199,7 @@ class Supervisor:
     def _catch_signals(self) -> None:
         self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
@@ -229,13 +229,19 @@ class Supervisor:
     # Children
 
     def _keep_children(self, now: float) -> None:
-        if self._redis is not None and not self._redis.is_running() and now >= self._redis_retry_at:
-            self._redis_retry_at = now + REDIS_RETRY_S
-            self._redis.start()
-            log.info("redis.started", extra={"pid": self._redis.pid})
-        for companion in self._companions:
-            companion.tick(now)
-        self._keep_helper(now)
+        keepers = [self._keep_redis, *(companion.tick for companion in self._companions)]
+        for keep in [*keepers, self._keep_helper]:
+            try:
+                keep(now)
+            except OSError as error:  # no memory, no disk, no descriptors: try again
+                log.error("child.not_started", extra={"problem": str(error)})
+
+    def _keep_redis(self, now: float) -> None:
+        if self._redis is None or self._redis.is_running() or now < self._redis_retry_at:
+            return
+        self._redis_retry_at = now + REDIS_RETRY_S
+        self._redis.start()
+        log.info("redis.started", extra={"pid": self._redis.pid})
 
     def _keep_helper(self, now: float) -> None:
         helper = self._helper

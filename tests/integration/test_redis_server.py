@@ -100,3 +100,19 @@ def test_it_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
         assert psutil.pid_exists(pid)
         owner.send_signal(signal.SIGKILL)
     eventually(lambda: not process.is_alive(pid), within_s=5, what="redis-server ends")
+
+
+def test_the_redis_of_a_killed_owner_is_gone_before_the_next_opens_its_file(
+    tmp_path: Path,
+) -> None:
+    first = redis_server.start(tmp_path)
+    connect(first.url).set("key", "value")
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # it cannot even hear that its owner is gone
+    second = redis_server.start(tmp_path)
+    try:
+        assert not process.is_alive(first.pid)
+        assert connect(second.url).get("key") == b"value"
+    finally:
+        second.stop()
+        first.stop()
