@@ -9,6 +9,7 @@ from collections.abc import Callable, Set
 
 from redis import Redis, RedisError
 from rq import Queue
+from rq.defaults import RQ_KEY_PREFIX
 
 from storage.errors import StorageError
 from storage.sessions import Sessions
@@ -113,7 +114,12 @@ class Keeper:
         names = [name for name in names if name.startswith(OUTBOUND_PREFIX)]
         pipeline = self._redis.pipeline(transaction=False)
         for name in names:
-            pipeline.exists(f"{prefix}{name}", f"{prefix}{name}:intermediate")
+            keys = (
+                f"{prefix}{name}",
+                f"{prefix}{name}:intermediate",
+                f"{RQ_KEY_PREFIX}:scheduled:{name}",
+            )
+            pipeline.exists(*keys)
         return [name for name, there in zip(names, pipeline.execute(), strict=True) if there]
 
     def _verdict(self, queue: str) -> str | None:

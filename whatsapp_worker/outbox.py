@@ -20,7 +20,7 @@ import select
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -310,6 +310,18 @@ class Outbox:
         meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
         self._wire.send(("HSET", _job_key(job.id), "meta", meta))
 
+    def withdraw(self, item: Finished) -> None:
+        """Finish a job that `find` found; for others than its consumer.
+
+        Its entry goes last: a process killed before leaves one that is dropped as settled.
+        """
+        lane = self._lane_of(item.job)
+        self._wire.ask(self._finish_command(item))
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.lrem(lane.queue, 1, item.job.raw_id)
+        pipeline.zrem(lane.scheduled, item.job.raw_id)
+        pipeline.execute()
+
     def _finish_command(self, item: Finished) -> Command:
         job, outcome, _ = item
         result: Mapping[str, Any] = {}
@@ -361,11 +373,15 @@ class Outbox:
         pipeline.execute()
         lane.in_hand.discard(job)
 
-    def survey(self) -> int:
+    def survey(self, *, until: float | None = None) -> int:
         """How many jobs wait or are in hand. On the way, laid-aside jobs whose time has come go to
         the head of their queues, the earliest first; RQ's own `enqueue_at` and `enqueue_in` lay
-        theirs into the same registry."""
-        now = time.time()
+        theirs into the same registry.
+
+        Args:
+            until: UTC seconds up to which a time has come; now without it.
+        """
+        now = time.time() if until is None else until
         commands: list[Command] = []
         for lane in self._lanes:
             commands.append(("ZRANGEBYSCORE", lane.scheduled, 0, now, "LIMIT", 0, _BATCH))
@@ -386,6 +402,24 @@ class Outbox:
                 pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
                 pipeline.lpush(lane.queue, raw_id)
         pipeline.execute()
+
+    def find(self, message_id: str) -> Job | None:
+        """The first job of this message that is not settled. Reads all that waits, id by id."""
+        for lane in self._lanes:
+            for raw_id in self._ids(lane):
+                job = self._job(lane, self._load(lane, raw_id))
+                if job.message_id == message_id and job.order is not None:
+                    return job
+        return None
+
+    def _ids(self, lane: _Lane) -> Iterator[bytes]:
+        start = 0
+        while ids := self._redis.lrange(lane.queue, start, start + _BATCH - 1):
+            yield from ids
+            start += len(ids)
+        yield from self._redis.zrange(lane.scheduled, 0, -1)
+        # Last: what was popped meanwhile is found here.
+        yield from self._redis.lrange(lane.limbo, 0, _BATCH - 1)
 
     # Putting in order
 
@@ -570,6 +604,7 @@ def fail_queue(
     left = [(job, job.outcome) for job in outbox.limbo() if job.status == "started"]
     outbox.exchange([Finished(job, known) for job, known in left if known], pop=False)
     outbox.resync()
+    outbox.survey(until=float("inf"))
     count = 0
     outbox.exchange()
     while (job := outbox.next()) is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from sending import (
+    KEY,
     QUEUE,
     FakeDevice,
     Parts,
@@ -25,6 +26,7 @@ from support import RedisServer, eventually
 
 from storage.errors import LedgerUnavailable
 from storage.ledger import Ledger
+from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendFailed
 from whatsapp_worker.errors import MediaFailed
@@ -327,3 +329,52 @@ def test_a_queue_that_is_no_list_harms_nothing_and_is_used_once_it_is_one(
         enqueue(redis, "m1")
         eventually(lambda: settled(redis, "m1"))
         assert running.ending is None
+
+
+def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    enqueue_many(redis, 5)
+    enqueue(redis, "later", send_at=time.time() + 1000)
+    parts = Parts(url, tmp_path)
+
+    def try_cancel(id: str) -> str | None:
+        found = cancel(id, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)
+        return found and found.status
+
+    assert try_cancel("m3") == "cancelled"
+    assert try_cancel("nobody") is None
+    assert fetch(redis, "m3").get_status() == "failed"
+    assert outcome(redis, "m3")["status"] == "cancelled"
+    redis.lpush(f"rq:queue:{QUEUE}", "job-m3")  # put back at the head: not revived
+    with Running(parts):
+        eventually(lambda: settled(redis, "m4"))
+        eventually(lambda: fetch(redis, "later").get_status() == "scheduled")
+        assert parts.device.received() == [f"text of m{n}" for n in (0, 1, 2, 4)]
+    parts = Parts(url, tmp_path)
+    assert try_cancel("m0") == "sent"
+    assert try_cancel("later") == "cancelled"
+    assert redis.zcard(f"rq:scheduled:{QUEUE}") == 0
+    assert event_names(redis).count("message.cancelled") == 2
+    parts.close()
+
+
+def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    ids = enqueue_many(redis, 60)
+    other = Parts(url, tmp_path)
+    with Running(Parts(url, tmp_path, device=FakeDevice(tmp_path, takes_s=0.001))) as running:
+        for id in reversed(ids):
+            cancel(id, outbox=other.outbox, ledger=other.ledger, install_key=KEY)
+        eventually(lambda: settled(redis, *ids))
+        received = running.parts.device.received()
+    for id in ids:
+        status = outcome(redis, id)["status"]
+        assert status in ("sent", "cancelled")
+        assert received.count(f"text of {id}") == (status == "sent")
+        row = other.ledger.find(id)
+        assert row is not None
+        assert row.status == status
+    assert limbo(redis) == 0
+    other.close()
