@@ -114,12 +114,8 @@ class Keeper:
         names = [name for name in names if name.startswith(OUTBOUND_PREFIX)]
         pipeline = self._redis.pipeline(transaction=False)
         for name in names:
-            keys = (
-                f"{prefix}{name}",
-                f"{prefix}{name}:intermediate",
-                f"{RQ_KEY_PREFIX}:scheduled:{name}",
-            )
-            pipeline.exists(*keys)
+            laid_aside = f"{RQ_KEY_PREFIX}:scheduled:{name}"
+            pipeline.exists(f"{prefix}{name}", f"{prefix}{name}:intermediate", laid_aside)
         return [name for name, there in zip(names, pipeline.execute(), strict=True) if there]
 
     def _verdict(self, queue: str) -> str | None:
