@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from storage.errors import LockHeld, RecordMissing, StorageError
+from storage.errors import LockHeld, StorageError
 from storage.sessions import Sessions, StateRecord, Wanted
 from whatsapp_worker import device_store, reconnect
 from whatsapp_worker.device_store import DeviceStoreBroken
@@ -22,8 +22,9 @@ from whatsapp_worker.endings import Ending, EndingKind
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.history import History
 from whatsapp_worker.reconnect import Again, GiveUp, Policy, Standing
-from whatsapp_worker.session import Reason, State, Trigger, sentence, step
+from whatsapp_worker.session import Reason, State, Trigger, sentence
 from whatsapp_worker.session_process import SessionProcess
+from whatsapp_worker.session_status import SessionStatus
 from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ LOGOUT_ATTEMPT_S = 30.0
 CONNECT_MARGIN_S = 5.0  # the device process ends a dial by itself; this is for one that does not
 LOGOUT_RETRY_S = 3.0
 LEFTOVER_RETRY_S = 0.5
-SAVE_EVERY_S = 5.0  # for what changes all the time
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
 YOUNG_S = 10.0
@@ -56,8 +56,6 @@ _BACK = {
     State.BANNED: Trigger.BANNED,
     State.OUTDATED: Trigger.OUTDATED,
 }
-# Facts that change all the time and are not worth a write each.
-_FLEETING = ("proof_of_life_at", "rss_mib", "queue", "touched_at")
 
 
 class Host(Protocol):
@@ -132,28 +130,34 @@ class ManagedSession:
         self._link: LinkAttempt | None = None
         self._logout: LogoutAttempt | None = None
         self._is_restarting = False
-        self._history = History(self._folder, limit=host.settings.history_events)
-        self._saved: StateRecord | None = record
-        self._save_at = 0.0
-        self._retry_save_at = 0.0
         self._not_before = 0.0  # no process is started before
         self._sent = 0  # messages of this process, as it last said
         self._phone_lists_it = False
         self._is_gone = False
-        self.record = record or StateRecord(
-            generation=0, state=State.UNLINKED, since=host.wall(), touched_at=wanted.touched_at
+        self._status = SessionStatus(
+            id,
+            sessions=host.sessions,
+            record=record,
+            touched_at=wanted.touched_at,
+            history=History(self._folder, limit=host.settings.history_events),
+            tell=host.told,
+            wall=host.wall,
         )
         self._resume(now)
 
     # What it is
 
     @property
+    def record(self) -> StateRecord:
+        return self._status.record
+
+    @property
     def state(self) -> State:
-        return State(self.record.state)
+        return self._status.state
 
     @property
     def reason(self) -> Reason | None:
-        return Reason(self.record.reason) if self.record.reason else None
+        return self._status.reason
 
     @property
     def standing(self) -> Standing:
@@ -180,7 +184,7 @@ class ManagedSession:
 
     def _resume(self, now: float) -> None:
         """Take up what an earlier supervisor left."""
-        self._set(pid=None, degraded=False, rss_mib=None, queue=None)
+        self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
         self._link_file.unlink(missing_ok=True)
         if self.wanted.run != "run" or self.wanted.network != self._host.settings.network:
             return
@@ -201,7 +205,7 @@ class ManagedSession:
             case _:
                 self._start(now)
         if self.state is State.CONNECTED:
-            self._move(Trigger.DIAL, None)
+            self._status.move(Trigger.DIAL, None)
 
     def want(self, wanted: Wanted, now: float) -> None:
         """Operators changed their mind."""
@@ -235,7 +239,7 @@ class ManagedSession:
         return request != self.record.fields.get(kind)
 
     def _note_handled(self, kind: str, request: object) -> None:
-        self._set(fields={**self.record.fields, kind: request})
+        self._status.set(fields={**self.record.fields, kind: request})
 
     def _start(self, now: float) -> None:
         """Dial now, with a clean slate."""
@@ -272,10 +276,10 @@ class ManagedSession:
 
     def _on_connected(self, report: dict[str, Any], now: float) -> None:
         facts = {name: report.get(name) for name in ("jid", "lid", "phone", "push_name")}
-        if not self._move(Trigger.LOGIN, None, attempt=0, next_attempt_at=None, **facts):
+        if not self._status.move(Trigger.LOGIN, None, attempt=0, next_attempt_at=None, **facts):
             return
         wall = self._host.wall()
-        self._set(touched_at=wall, proof_of_life_at=wall, banned_until=None)
+        self._status.set(touched_at=wall, proof_of_life_at=wall, banned_until=None)
         self._past = reconnect.logged_in(self._past)
         self.due_at = None
         if self._link and not self._link.pairs:
@@ -286,9 +290,9 @@ class ManagedSession:
         age_s = report.get("proof_of_life_age_s")
         sent, self._sent = self._sent, int(report.get("sent") or 0)
         if self._sent > sent:
-            self._set(touched_at=round(self._host.wall(), 3))
+            self._status.set(touched_at=round(self._host.wall(), 3))
         alive_at = None if age_s is None else round(self._host.wall() - float(age_s), 1)
-        self._set(
+        self._status.set(
             degraded=bool(report.get("degraded")) and self.state is State.CONNECTED,
             proof_of_life_at=alive_at or self.record.proof_of_life_at,
             rss_mib=report.get("rss_mib"),
@@ -308,7 +312,7 @@ class ManagedSession:
             "expires_at": wall + float(report.get("expires_in_s") or 0),
         }
         _write_private(self._link_file, json.dumps(facts))
-        self._note_event(Event.QR, number=report.get("number"))
+        self._status.note(Event.QR, number=report.get("number"))
         self._host.told(Event.QR, self.id, {"number": report.get("number")})
 
     @property
@@ -322,7 +326,8 @@ class ManagedSession:
         if self.process is not None:
             self._watch(self.process, now)
         self._pursue(now)
-        self._save(now)
+        if not self._is_gone:
+            self._status.save(now)
 
     def _pursue(self, now: float) -> None:
         if self.wanted.run == "delete":
@@ -341,8 +346,8 @@ class ManagedSession:
             self.leave(now, drain_s=DRAIN_S)
             return
         if (self.state, self.reason) != (State.STOPPED, reason):
-            self._move(Trigger.STOP, reason, attempt=0, next_attempt_at=None)
-        self._set(generation=self.wanted.generation)
+            self._status.move(Trigger.STOP, reason, attempt=0, next_attempt_at=None)
+        self._status.set(generation=self.wanted.generation)
 
     def _pursue_running(self, now: float) -> None:
         if self._link is not None and now > self._link.deadline:
@@ -358,7 +363,7 @@ class ManagedSession:
         elif self.process is not None and self._is_dial_due(now):
             self._tell_dial()
         if not self._is_starting(now):
-            self._set(generation=self.wanted.generation)
+            self._status.set(generation=self.wanted.generation)
 
     def _is_starting(self, now: float) -> bool:
         """Whether a command waits for a dial that is due, or for something to end before it."""
@@ -387,7 +392,7 @@ class ManagedSession:
             self._logout = LogoutAttempt(None, now + LOGOUT_ATTEMPT_S if could else now)
             self._past, self.due_at = reconnect.History(), now
         if self.state is not State.DELETED:
-            self._move(Trigger.DELETE, Reason.OPERATOR, said="It is being deleted.")
+            self._status.move(Trigger.DELETE, Reason.OPERATOR, said="It is being deleted.")
         if now <= self._logout.deadline and self._phone_lists_it:
             self._pursue_last_logout(self._logout, now)
         elif self.process is not None:
@@ -421,7 +426,7 @@ class ManagedSession:
             return
         if not self._host.has_room(self.id):
             if self.reason is not Reason.CAPACITY:
-                self._move(Trigger.STOP, Reason.CAPACITY)
+                self._status.move(Trigger.STOP, Reason.CAPACITY)
             return
         if not self._host.admits_dial(self.id):
             return
@@ -435,7 +440,7 @@ class ManagedSession:
             return
         self.due_at = None
         if self.state not in (State.UNLINKED, State.LOGGED_OUT):
-            self._move(Trigger.UNPAIRED, None)
+            self._status.move(Trigger.UNPAIRED, None)
 
     def dial(self, now: float, *, as_canary: bool = False) -> bool:
         """Start a device process; it gets ready and dials when that is due."""
@@ -458,13 +463,13 @@ class ManagedSession:
         if self.process is None or not self.process.is_canary:
             self.due_at = None
         reason = self.reason if self._past.attempt and self.state is not State.STOPPED else None
-        self._move(Trigger.DIAL, reason, attempt=self._past.attempt, next_attempt_at=None)
+        self._status.move(Trigger.DIAL, reason, attempt=self._past.attempt, next_attempt_at=None)
 
     def _spawn(self, kind: str, arguments: dict[str, Any], now: float) -> bool:
         self.process = self._host.spawn(self.id, kind, arguments)
         if self.process is None:
             return False
-        self._set(pid=None)
+        self._status.set(pid=None)
         return True
 
     def _has_device(self) -> bool:
@@ -499,13 +504,13 @@ class ManagedSession:
     def _watch(self, process: SessionProcess, now: float) -> None:
         """Find what went wrong with a process that does not say so itself."""
         if process.pid != self.record.pid:
-            self._set(pid=process.pid)
+            self._status.set(pid=process.pid)
         process.escalate(now)
         if process.is_ending:
             return
         verdict = self._judge(process, now)
         if verdict is not None:
-            self._note_event("process.ended", reason=verdict.reason, detail=verdict.detail)
+            self._status.note("process.ended", reason=verdict.reason, detail=verdict.detail)
             process.end(now, verdict)
         elif self._should_recycle(process, now):
             reason = Reason.MEMORY_LIMIT if self._is_too_big(process, 1) else None
@@ -561,8 +566,8 @@ class ManagedSession:
         if process is None:
             return
         self._is_restarting, self._sent = False, 0
-        self._set(pid=None, degraded=False, rss_mib=None, queue=None)
-        self._note_event(f"{process.kind}.ended", **ending.report())
+        self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
+        self._status.note(f"{process.kind}.ended", **ending.report())
         log.info(
             "process.ended", extra={"session": self.id, "kind": process.kind, **ending.report()}
         )
@@ -603,7 +608,7 @@ class ManagedSession:
     def _on_final(self, ending: Ending, now: float) -> None:
         """Only a person, or the end of a ban, helps."""
         self.due_at = None
-        self._move(
+        self._status.move(
             _TRIGGERS[ending.kind],
             ending.reason,
             banned_until=ending.until,
@@ -629,7 +634,7 @@ class ManagedSession:
         if process.is_canary and process.login_at is None:
             # The outage goes on; nothing is counted, and the cool-down stands.
             next_at = None if self.due_at is None else self._at(max(0.0, self.due_at - now))
-            self._move(Trigger.SPENT, reason, next_attempt_at=next_at)
+            self._status.move(Trigger.SPENT, reason, next_attempt_at=next_at)
             return
         verdict = self._host.policy.lost(self._past, now=lost_at, login_at=process.login_at)
         self._past = verdict.history
@@ -641,7 +646,9 @@ class ManagedSession:
     def _wait_for_attempt(self, again: Again, reason: Reason, lost_at: float) -> None:
         self.due_at = lost_at + again.wait_s
         attempt = again.history.attempt
-        self._move(Trigger.LOSS, reason, attempt=attempt, next_attempt_at=self._at(again.wait_s))
+        self._status.move(
+            Trigger.LOSS, reason, attempt=attempt, next_attempt_at=self._at(again.wait_s)
+        )
         log.info(
             "session.reconnect_scheduled",
             extra={
@@ -655,7 +662,7 @@ class ManagedSession:
     def _fail(self, end: GiveUp, reason: Reason, lost_at: float) -> None:
         wait_s = end.cooldown_s
         self.due_at = None if wait_s is None else lost_at + wait_s
-        self._move(
+        self._status.move(
             Trigger.SPENT,
             Reason.FLAPPING if end.flapping else reason,
             attempt=0,
@@ -693,7 +700,7 @@ class ManagedSession:
 
     def _pursue_pairing(self, link: LinkAttempt, now: float) -> None:
         process = self.process
-        self._set(generation=self.wanted.generation)
+        self._status.set(generation=self.wanted.generation)
         if process is None and now > link.deadline:
             self._finish_link("failed", Reason.QR_EXPIRED, now)
         elif process is None and now >= self._not_before:
@@ -714,7 +721,7 @@ class ManagedSession:
             return
         assert self.process is not None
         self.process.request = link.request
-        self._move(Trigger.LINK, None, attempt=0, next_attempt_at=None)
+        self._status.move(Trigger.LINK, None, attempt=0, next_attempt_at=None)
 
     def _on_pairing_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
         self._link_file.unlink(missing_ok=True)
@@ -735,7 +742,7 @@ class ManagedSession:
             log.error("link.not_adopted", extra={"session": self.id, "problem": str(error)})
             self._finish_link("failed", Reason.CONNECTION_FAILED, now)
             return
-        self._set(jid=who.jid, lid=who.lid, phone=who.phone, push_name=who.push_name)
+        self._status.set(jid=who.jid, lid=who.lid, phone=who.phone, push_name=who.push_name)
         link.pairs = False
         self._start(now)
 
@@ -748,88 +755,18 @@ class ManagedSession:
         link, self._link = self._link, None
         assert link is not None
         answer = {"request": link.request, "result": result, "reason": reason}
-        self._set(link={**answer, "sentence": sentence(reason, self.id)})
+        self._status.set(link={**answer, "sentence": sentence(reason, self.id)})
         self._link_file.unlink(missing_ok=True)
-        self._note_event(f"link.{result}", reason=reason)
+        self._status.note(f"link.{result}", reason=reason)
         log.info(f"link.{result}", extra={"session": self.id, "reason": reason})
         if self.state is not State.LINKING:
             return
         if link.back in _BACK:
-            self._move(_BACK[link.back], link.back_reason)
+            self._status.move(_BACK[link.back], link.back_reason)
         elif link.back is State.UNLINKED:
-            self._move(Trigger.UNPAIRED, reason)
+            self._status.move(Trigger.UNPAIRED, reason)
         else:  # the old credentials are as good as before
             self._start(now)
-
-    # Saying what is
-
-    def _move(
-        self, trigger: Trigger, reason: Reason | None, *, said: str | None = None, **facts: Any
-    ) -> bool:
-        """Step to the next state; whether the trigger meant anything.
-
-        Args:
-            said: The sentence, where the reason's own does not fit.
-        """
-        before = self.record
-        following = step(self.state, trigger)
-        if following is None:
-            log.info("session.surprise", extra={"session": self.id, "trigger": trigger})
-            return False
-        is_same = (following, reason) == (before.state, before.reason)
-        since = before.since if following == before.state else round(self._host.wall(), 3)
-        said = sentence(reason, self.id) if said is None else said
-        self._set(state=following, reason=reason, sentence=said, since=since, **facts)
-        if not is_same:
-            self._tell_change(before)
-        return True
-
-    def _tell_change(self, before: StateRecord) -> None:
-        record = self.record
-        change = {
-            "state": record.state,
-            "reason": record.reason,
-            "sentence": record.sentence,
-            "previous": before.state,
-            "attempt": record.attempt,
-            "next_attempt_at": record.next_attempt_at,
-            "banned_until": record.banned_until,
-        }
-        log.info(
-            Event.STATE_CHANGED,
-            extra={
-                "session": self.id,
-                "state": record.state,
-                "previous": before.state,
-                "reason": record.reason,
-            },
-        )
-        self._note_event(Event.STATE_CHANGED, **change)
-        self._host.told(Event.STATE_CHANGED, self.id, change)
-
-    def _note_event(self, event: str, **facts: Any) -> None:
-        self._history.add({"event": event, **facts}, now=self._host.wall())
-
-    def _set(self, **facts: Any) -> None:
-        record = self.record
-        if any(getattr(record, name) != value for name, value in facts.items()):
-            self.record = dataclasses.replace(record, **facts)
-
-    def _save(self, now: float) -> None:
-        """Write state.json when it says something new; soon for states, later for the rest."""
-        if self.record == self._saved or self._is_gone or now < self._retry_save_at:
-            return
-        if now < self._save_at and self._saved and _lasting(self.record) == _lasting(self._saved):
-            return
-        try:
-            self._host.sessions.put_state(self.id, self.record)
-        except RecordMissing:
-            return
-        except StorageError as error:
-            self._retry_save_at = now + SAVE_EVERY_S
-            log.error("session.not_saved", extra={"session": self.id, "problem": str(error)})
-            return
-        self._saved, self._save_at = self.record, now + SAVE_EVERY_S
 
     # Leaving
 
@@ -846,9 +783,10 @@ class ManagedSession:
     def left(self, now: float) -> None:
         """The last word of a supervisor that shuts down; without one nothing is connected."""
         if self.state in _WORKING and self.state is not State.FAILED and self.wanted.run == "run":
-            self._move(Trigger.STOP, Reason.OPERATOR, said=_LEFT, next_attempt_at=None, attempt=0)
-        self._retry_save_at = 0.0
-        self._save(now)
+            self._status.move(
+                Trigger.STOP, Reason.OPERATOR, said=_LEFT, next_attempt_at=None, attempt=0
+            )
+        self._status.save(now, at_last=True)
 
 
 _LEFT = "The supervisor was shut down. The session starts again with it: whatsapp-worker run"
@@ -858,11 +796,6 @@ def _descriptors_run_out(process: SessionProcess) -> bool:
     """Whether it has most of the open files that it may have; its limit is ours."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return int(process.heartbeat.get("fds") or 0) > OPEN_FILES_SHARE * limit
-
-
-def _lasting(record: StateRecord) -> StateRecord:
-    nothing: dict[str, Any] = dict.fromkeys(_FLEETING)
-    return dataclasses.replace(record, **nothing)
 
 
 def _write_private(path: Path, text: str) -> None:
