@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import time
 import uuid
@@ -181,6 +182,33 @@ def test_link_works_while_the_supervisor_is_still_starting(tmp_path: Path):
     finally:
         world.close()
         print(world.logs())
+
+
+def test_link_by_pairing_code_and_again_with_a_qr_code(world: World):
+    phone = "5511999990011"
+    with world.linking("sales", "--phone", f"+{phone}") as lines:
+        told = next(lines)
+        assert told["event"] == "code" and len(str(told["code"])) == 9
+        world.control.enter_code(str(told["code"]), phone)
+        assert [line["event"] for line in lines] == ["linked"]
+    with world.linking("sales", "--again") as lines:
+        told = next(lines)
+        assert told["event"] == "qr" and told["code"].startswith("https://")
+        assert 0 < told["expires_in_s"] <= 60
+        world.control.scan(told["code"], phone=phone)
+        assert list(lines)[-1]["phone"] == phone
+    eventually(lambda: world.session("sales")["state"] == "connected")
+
+
+def test_link_that_is_interrupted_shows_no_code_any_more(world: World):
+    with contextlib.closing(Terminal(world, "link", "sales")) as terminal:
+        eventually(lambda: "s left" in terminal.text(), what=terminal.text())
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(10) == 130
+        assert "Traceback" not in terminal.text()
+    eventually(lambda: world.session("sales")["state"] == "unlinked")
+    eventually(lambda: world.session("sales")["pid"] is None)
+    assert not (world.data / "sessions" / "sales" / "link.json").exists()
 
 
 @pytest.mark.parametrize("words", [("run",), ("sandbox", "--state-dir", "sandbox")])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage import locks
 from storage.sessions import Sessions, StateRecord, Wanted
+from whatsapp_worker.cli.terminal import duration
 from whatsapp_worker.errors import SupervisorUnavailable, UnknownSession
 from whatsapp_worker.settings import Settings
 
@@ -69,8 +70,7 @@ class Host:
 
     def _unknown(self, session: str) -> str:
         if stone := self.sessions.tombstones.find(session):
-            days = (time.time() - stone.at) / 86_400
-            return f"session {session} was deleted {days:.0f} days ago ({stone.why})"
+            return f"session {session} was deleted {duration(time.time() - stone.at)} ago"
         known = self.sessions.ids()
         names = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         have = f"there are: {names}" if known else "there is none yet"

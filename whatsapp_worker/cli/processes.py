@@ -62,12 +62,15 @@ def sandbox(options: Options, settings: Settings) -> int:
         where = f" --state-dir {options.state_dir}" if options.state_dir else ""
         talk(f"    eval $(whatsapp-worker sandbox --env{where}) && whatsapp-worker run --all")
 
-    return server.serve(
-        state_dir=folder,
-        proxy_port=options.proxy_port,
-        control_port=options.control_port,
-        ready=ready,
-    )
+    try:
+        return server.serve(
+            state_dir=folder,
+            proxy_port=options.proxy_port,
+            control_port=options.control_port,
+            ready=ready,
+        )
+    except (ValueError, OSError) as error:  # the folder or a port is taken: its text says which
+        raise CommandFailed(str(error)) from None
 
 
 def _print_environment(folder: Path) -> int:
