@@ -106,6 +106,7 @@ class Attempt:
             if (code := self._code()) and code != shown and code.expires_in_s > 0:
                 shown = code
                 yield code
+            self._require_record()
             patience.check()
             if time.monotonic() > deadline:
                 raise CommandTimeout(
@@ -160,6 +161,12 @@ class Attempt:
         state = self._host.read_state(self._session)
         assert self._asked is not None
         return state if state and state.generation >= self._asked.generation else None
+
+    def _require_record(self) -> None:
+        with contextlib.suppress(StorageError):  # unreadable is not gone
+            wanted = self._host.sessions.wanted(self._session)
+            if wanted is None or wanted.run == "delete":
+                raise LinkFailed("session-deleted", f"Session {self._session} was deleted.")
 
     def _ended(self, state: StateRecord) -> Linked | None:
         link = state.link or {}

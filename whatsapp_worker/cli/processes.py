@@ -1,6 +1,7 @@
 """The commands that are processes: run, events, maintenance, sandbox, demo."""
 
 import shlex
+import sys
 from pathlib import Path
 
 from whatsapp_worker.cli.arguments import Options
@@ -13,6 +14,9 @@ def run(options: Options, settings: Settings) -> int:
     """Serve `run`: the supervisor, in the foreground."""
     from whatsapp_worker import supervisor
 
+    if sys.stderr.isatty():
+        talk(f"Sessions lie in {settings.data_dir.absolute()}. In another terminal:")
+        talk("  whatsapp-worker link SESSION, status, send ...   (Ctrl-C here stops everything)")
     return supervisor.run(settings, also=["events", "maintenance"] if options.all else [])
 
 
