@@ -76,6 +76,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._head(302, Location=argument)
         elif name == "/slow":
             self._drip()
+        elif name == "/hesitant":
+            self.server.ending.wait(1.5)
+            self._head(200)
+            self._write(PDF)
         elif name == "/endless":
             self._head(200)
             self._write(b"%PDF" + bytes(1_000_000), times=1000)

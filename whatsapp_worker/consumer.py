@@ -375,7 +375,12 @@ class Consumer:
         self._ask_first()
         try:
             content = self._prepared(job)
-            self._attempt(job, content)
+            late = self._judge(job)  # a download takes time
+            if late is None:
+                self._attempt(job, content)
+            else:
+                self._settle()
+                self._finish(late)
         except MediaFailed as error:
             self._settle()
             self._finish(self._record(job, Status.FAILED, str(error)))

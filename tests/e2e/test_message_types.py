@@ -74,7 +74,9 @@ class Bench:
             self.device.close()
             self.device = None
 
-    def enqueue(self, message: dict[str, Any], *, to: str = ANA, id: str | None = None) -> Job:
+    def enqueue(
+        self, message: dict[str, Any], *, to: str = ANA, id: str | None = None, **options: Any
+    ) -> Job:
         queue = Queue(
             f"wa:out:{self.session}", connection=self.world.redis, serializer=JSONSerializer
         )
@@ -86,6 +88,7 @@ class Bench:
                 "to": to,
                 "message_id": id or f"crm-{next(_ids)}",
                 "message": message,
+                **options,
             },
         )
 
@@ -375,6 +378,13 @@ def test_the_largest_file_is_a_setting_and_files_need_a_folder(bench: Bench) -> 
         assert bench.control.media(bench.arrived(file)["id"]) == big.read_bytes()
     finally:
         big.unlink()
+
+
+def test_a_message_that_expires_while_its_file_is_fetched_is_not_sent(bench: Bench) -> None:
+    dripping = {"document": {"link": f"{bench.web.url}/hesitant"}, "type": "document"}
+    job = bench.enqueue(dripping, ttl_s=0.5)
+    assert bench.world.await_outcomes([job], within_s=30)[0]["status"] == "expired"
+    assert bench.arrived(dripping)["type"] == "document"
 
 
 # Stopping
