@@ -257,6 +257,12 @@ class World:
         )
         return [self.outcome(job) for job in jobs]
 
+    def status_of(self, session: str, message_id: str) -> str:
+        """The ledger's word, by `messages show`."""
+        done = self.run("messages", "show", session, message_id, "--json")
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["status"])
+
     def arrived(self, **where: Any) -> list[dict[str, Any]]:
         """What reached the sandbox's contacts, in order."""
         return list(self.control.messages(**where))

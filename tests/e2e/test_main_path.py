@@ -1,7 +1,6 @@
 """The main job from end to end: link, enqueue as a CRM does, deliver, learn what became of it."""
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -27,7 +26,7 @@ def test_a_message_is_sent_delivered_and_read(world: World):
     [arrived] = world.arrived(to=CONTACT)
     assert (arrived["text"], arrived["id"]) == ("Olá, João", outcome["wa_message_id"])
     assert arrived["type"] == "text" and arrived["times"] == 1
-    eventually(lambda: _shown(world, "sales", "crm-1")["status"] == "read")
+    eventually(lambda: world.status_of("sales", "crm-1") == "read")
     names = [fields[b"event"].decode() for _, fields in world.redis.xrange("wa:events")]
     for name in ("message.sent", "message.delivered", "message.read"):
         assert name in names
@@ -36,12 +35,6 @@ def test_a_message_is_sent_delivered_and_read(world: World):
 
 
 _EMPTY = zlib.compress(b"")
-
-
-def _shown(world: World, session: str, message_id: str) -> dict[str, object]:
-    done = world.run("messages", "show", session, message_id, "--json")
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
 
 
 def test_two_sessions_each_send_their_own_messages(world: World):
