@@ -31,6 +31,7 @@ from storage.errors import (
     RecordExported,
     RecordMissing,
 )
+from storage.hold import Hold
 from storage.locks import FileLock, check_locking
 from storage.tombstones import Tombstone, Tombstones
 
@@ -197,6 +198,10 @@ class Sessions:
         """The lock that the process which runs this session holds for life."""
         return FileLock(self.folder(id) / "session.lock")
 
+    def hold(self, id: str) -> Hold:
+        """What keeps a session's queue from going out from another number."""
+        return Hold(self.folder(id))
+
     def ids(self) -> list[str]:
         """Every session that has a folder, sorted; those being deleted and broken ones too."""
         try:
@@ -208,13 +213,15 @@ class Sessions:
     def create(self, id: str, *, network: str, now: float, why: str = "") -> Wanted:
         """Make a new record, wanted to run and never linked; removes the id's tombstone.
 
+        Where there was one, what was enqueued until now is held (`Sessions.hold`).
+
         Raises:
             RecordExists: There is one already.
             RecordBeingDeleted: Its deletion is not finished (transient).
             DocumentUnwritable, LockHeld: Not made (transient).
         """
         folder = self.folder(id)
-        self._require_free(id)
+        is_used_again = self._require_free(id)
         self.prepare()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)  # a killed create left it
@@ -224,6 +231,9 @@ class Sessions:
         wanted = Wanted(
             generation=1, network=network, run="run", created_at=now, touched_at=now, why=why
         )
+
+        if is_used_again:
+            self.hold(id).put(now)
 
         def change(fields: Fields | None) -> Fields:
             if fields is not None:
@@ -269,8 +279,7 @@ class Sessions:
             DocumentBroken, DocumentNewer: The record cannot be used.
             DocumentUnwritable, LockHeld: Not saved (transient).
         """
-        if not self.folder(id).is_dir():
-            raise RecordMissing(id, f"there is no session {id}")
+        self._require_folder(id)
         result: list[Wanted] = []
 
         def update(fields: Fields | None) -> Fields:
@@ -313,9 +322,12 @@ class Sessions:
             DocumentNewer: A newer version wrote what is there.
             DocumentUnwritable, LockHeld: Not saved, the old one is intact (transient).
         """
-        if not self.folder(id).is_dir():
-            raise RecordMissing(id, f"there is no session {id}")
-        self._state_document(id).write(_to_fields(state))
+        try:
+            self._require_folder(id)
+            self._state_document(id).write(_to_fields(state))
+        except DocumentUnwritable:
+            self._require_folder(id)  # it was removed meanwhile
+            raise
 
     def remove(self, id: str) -> None:
         """Take the record and all that lies in its folder away, at once and last of all.
@@ -351,7 +363,8 @@ class Sessions:
             RecordExists, RecordBeingDeleted: There is such a session; the folder is left.
             DocumentUnwritable: Not made (transient).
         """
-        self._require_free(id)
+        if self._require_free(id):
+            Hold(folder).put(wanted.touched_at)
         _document(folder, "wanted.json").write(_to_fields(wanted))
         _document(folder, "state.json").write(_to_fields(state))
         try:
@@ -363,15 +376,22 @@ class Sessions:
                 self.folder(id), f"cannot be made: {error.strerror}"
             ) from error
 
-    def _require_free(self, id: str) -> None:
-        """An id that is not in use; its tombstone is removed, since it is created on purpose."""
+    def _require_folder(self, id: str) -> None:
+        if not self.folder(id).is_dir():
+            raise RecordMissing(id, f"there is no session {id}")
+
+    def _require_free(self, id: str) -> bool:
+        """An id that is not in use; whether it was once: its tombstone is removed, since it is
+        created on purpose."""
         exists = self.folder(id).exists()
-        if self.tombstones.find(id):
+        stone = self.tombstones.find(id)
+        if stone:
             if exists:
                 raise RecordBeingDeleted(id, f"session {id} is still being deleted; try again")
             self.tombstones.remove(id)
         if exists and self._wanted_document(id).read() is not None:
             raise RecordExists(id, f"session {id} exists already")
+        return stone is not None
 
     def changed(self) -> set[str]:
         """The ids whose wanted record changed since the last call: new and vanished ones too.

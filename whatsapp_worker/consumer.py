@@ -64,6 +64,7 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 900.0  # after WhatsApp asked for one
 _TIDY_S = 60.0
+HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
 
 
@@ -140,6 +141,7 @@ class Consumer:
         probe: Callable[[], object] | None = None,
         breaker_file: Path | None = None,
         on_breaker: Callable[[Event, Mapping[str, Any]], None] | None = None,
+        held_before: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Reads the breaker's file; nothing else is touched yet.
 
@@ -157,6 +159,7 @@ class Consumer:
             breaker_file: Where the message breaker's count outlives this process.
             on_breaker: Told of `breaker.opened` and `breaker.closed`, for the supervisor's alert;
                 the stream is told here.
+            held_before: `Hold.before`; asked once a second.
         """
         self.session = session
         self.progressed_at = time.monotonic()  # of the last tick; a ticking wait is progress
@@ -170,6 +173,9 @@ class Consumer:
         self._prepare = prepare
         self._probe = probe
         self._on_breaker = on_breaker
+        self._ask_held_before = held_before
+        self._held_before: float | None = None
+        self._is_held = False  # what is next was enqueued for another number
         self._sender: Sender[Any] = Sender()
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
         self._wake, self._waker = os.pipe()
@@ -221,6 +227,8 @@ class Consumer:
             return "breaker", "sends failed again and again", self._breaker.until
         if self._paused_until > time.time():
             return "paused", recovery.PAUSED, self._paused_until
+        if self._is_held:
+            return "held", HELD, None
         is_busy = bool(self._depth) or not self.is_idle
         return "running" if is_busy else "idle", None, None
 
@@ -288,6 +296,7 @@ class Consumer:
             self._lie_down()
             return
         job = self._outbox.next()
+        self._is_held = self._is_held and job is not None
         if job is None:
             self._settle()
             if self._finished:
@@ -302,7 +311,11 @@ class Consumer:
         elif job.order is not None and (job.order.send_at or 0.0) > time.time():
             self._settle()
             self._outbox.defer(job, job.order.send_at or 0.0)
+        elif self._held_before is not None and job.enqueued_at < self._held_before:
+            self._is_held = True
+            self._lie_down()
         else:
+            self._is_held = False
             self._deliver(job)
 
     def _has_to_rest(self) -> bool:
@@ -769,6 +782,8 @@ class Consumer:
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
             self._depth = self._outbox.survey()
+            with contextlib.suppress(StorageError):  # then what it said last holds
+                self._held_before = self._ask_held_before()
         if now - self._tidied_at >= _TIDY_S:
             self._tidied_at = now
             self._outbox.tidy()

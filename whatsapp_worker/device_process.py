@@ -34,6 +34,7 @@ from whatsapp_worker.device_store import DeviceStoreBroken
 from whatsapp_worker.endings import Ending, EndingKind, of_fact, refused
 from whatsapp_worker.errors import RedisUnavailable, SandboxUnsafe
 from whatsapp_worker.event_names import Event
+from whatsapp_worker.keys import number_hash
 from whatsapp_worker.liveness import Liveness, client_ports, footprint
 from whatsapp_worker.media import Media
 from whatsapp_worker.outbox import Outbox
@@ -136,6 +137,7 @@ class DeviceProcess:
             self._leave(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT, "no credentials"))
             return False
         self._identity = who
+        self._claim_queue(who.phone)
         ledger = self._insist(self._open_ledger)
         url = self._insist(functools.partial(redis_server.resolve_url, self._settings))
         if ledger is None or url is None:
@@ -155,6 +157,12 @@ class DeviceProcess:
         self._writer.start()
         self._consumer = self._make_consumer(self._device, ledger, redis_client.connect(url))
         return not self._departure.is_due.is_set()
+
+    def _claim_queue(self, number: str) -> None:
+        """What was enqueued for another number is held, not sent from this one."""
+        hashed = number_hash(self._sessions.install_key(), number.lstrip("+"))
+        if self._sessions.hold(self._session).number_is(hashed, time.time()):
+            log.warning("queue.held", extra={"session": self._session})
 
     def _open_ledger(self) -> Ledger:
         where = self._settings.database_url or self._database.with_name("ledger.db")
@@ -178,6 +186,7 @@ class DeviceProcess:
             on_sent=self._on_sent,
             breaker_file=self._database.with_name("breaker.json"),
             on_breaker=self._on_breaker,
+            held_before=self._sessions.hold(self._session).before,
         )
 
     def _on_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:

@@ -220,6 +220,7 @@ class Purge:
             is_wanted_deleted=is_buried or (wanted is not None and wanted.run == "delete"),
             was_linked=bool(state and state.jid) or (folder / "device.db").exists(),
             is_leased=is_locked(folder / "session.lock") if is_leased is None else is_leased,
+            is_link_pending=self._is_link_pending(wanted, state),
             is_supervised=self._is_supervised(),
             touched_at=max(touched, default=0.0),
             alive_at=(state.proof_of_life_at or 0.0) if state else 0.0,
@@ -237,6 +238,13 @@ class Purge:
         with contextlib.suppress(StorageError):
             return self._sessions.state(session)
         return None
+
+    def _is_link_pending(self, wanted: Wanted | None, state: StateRecord | None) -> bool:
+        if not wanted or wanted.run != "run" or wanted.network != self._settings.network:
+            return False  # nobody will answer it
+        asked = (wanted.link or {}).get("request")
+        answered = ((state and state.link) or {}).get("request")
+        return asked is not None and asked != answered
 
     def _is_supervised(self) -> bool:
         return is_locked(self._settings.data_dir / "supervisor.lock")

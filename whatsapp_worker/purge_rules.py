@@ -49,6 +49,7 @@ class Facts:
         is_wanted_deleted: The record says so, or there is a tombstone.
         was_linked: It has, or once had, credentials.
         is_leased: A process runs it at this moment.
+        is_link_pending: Somebody asked for it to be linked and was not answered.
         is_supervised: A supervisor runs, so that `state` is the truth and not history.
         touched_at: Last link attempt, login, operator command or accepted job; without a record
             the last change of the folder.
@@ -62,6 +63,7 @@ class Facts:
     is_wanted_deleted: bool
     was_linked: bool
     is_leased: bool
+    is_link_pending: bool
     is_supervised: bool
     touched_at: float
     alive_at: float
@@ -86,7 +88,8 @@ def judge(facts: Facts, limits: Limits, now: float) -> Remove | Keep:
     """Whether the purge removes a session."""
     if facts.is_wanted_deleted:
         return Keep("its process still runs") if facts.is_leased else Remove(Kind.DELETED)
-    if facts.is_leased or (facts.is_supervised and facts.state in _ACTIVE):
+    is_active = facts.state in _ACTIVE or facts.is_link_pending
+    if facts.is_leased or (facts.is_supervised and is_active):
         return Keep()
     if facts.record is Record.BROKEN:
         return Keep("its record cannot be read")

@@ -204,6 +204,22 @@ def test_without_redis_only_deletions_are_finished(config: Settings, sessions: S
     assert sessions.tombstones.find("gone") is not None
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_session_whose_link_request_waits_stays_while_a_supervisor_runs(
+    config: Settings, sessions: Sessions, redis: "Redis", answered: bool
+) -> None:
+    make(sessions, "old", touched_at=0.0)
+    link = {"request": "r1", "method": "qr", "phone": None, "again": False}
+    network = config.network
+    sessions.want("old", lambda wanted: dataclasses.replace(wanted, link=link, network=network))
+    state = sessions.state("old")
+    assert state is not None
+    if answered:
+        sessions.put_state("old", dataclasses.replace(state, link={"request": "r1"}))
+    with FileLock(config.data_dir / "supervisor.lock"):
+        assert purge(config).purged == ({"never_linked": 1} if answered else {})
+
+
 def test_a_running_supervisor_is_asked_and_not_replaced(
     config: Settings, sessions: Sessions, redis: "Redis"
 ) -> None:

@@ -25,6 +25,7 @@ from sending import (
 from support import RedisServer, eventually
 
 from storage.errors import LedgerUnavailable
+from storage.hold import Hold
 from storage.ledger import Ledger
 from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
@@ -266,6 +267,43 @@ def test_whatsapp_asking_for_a_pause_rests_the_queue_and_fails_nothing(
         assert redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"job-m0", b"job-m1"]
         assert running.ending is None
     assert device.tries == ["m0"]
+
+
+def test_what_was_enqueued_for_another_number_is_held_until_an_operator_decides(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    hold = Hold(tmp_path)
+    enqueue_many(redis, 2)
+    hold.put(time.time())
+    parts = Parts(url, tmp_path, options={"held_before": hold.before})
+    with Running(parts):
+        state = eventually(lambda: _resting(parts, "held"))
+        assert state["depth"] == 2
+        assert "operator" in state["reason"]
+        enqueue(redis, "m2")
+        waiting = [b"job-m0", b"job-m1", b"job-m2"]  # between two looks at the first
+        eventually(lambda: redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == waiting)
+        assert parts.device.received() == []
+        assert hold.release()
+        eventually(lambda: settled(redis, "m0", "m1", "m2"))
+        assert parts.consumer.queue_state()["state"] in ("running", "idle")
+    assert parts.device.received() == ["text of m0", "text of m1", "text of m2"]
+
+
+def test_what_is_enqueued_after_the_number_changed_is_sent(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    hold = Hold(tmp_path)
+    hold.put(time.time())
+    enqueue(redis, "m0")
+    with Running(Parts(url, tmp_path, options={"held_before": hold.before})):
+        eventually(lambda: settled(redis, "m0"))
+    assert outcome(redis, "m0")["status"] == "sent"
+
+
+def _resting(parts: Parts, word: str) -> dict[str, Any] | None:
+    state = parts.consumer.queue_state()
+    return state if state["state"] == word else None
 
 
 def _paused(parts: Parts) -> dict[str, Any] | None:

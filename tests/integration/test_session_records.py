@@ -167,6 +167,62 @@ def test_a_deleted_id_may_be_created_again_on_purpose(sessions: Sessions) -> Non
     assert sessions.tombstones.find("sales") is None
 
 
+def test_what_was_enqueued_for_a_deleted_session_is_held_when_its_id_is_used_again(
+    sessions: Sessions,
+) -> None:
+    made(sessions)
+    assert sessions.hold("sales").before() is None
+    sessions.tombstones.add("sales", None, "operator", 2.0)
+    sessions.remove("sales")
+    sessions.create("sales", network="sandbox", now=3.0)
+    assert sessions.hold("sales").before() == 3.0
+    assert sessions.hold("sales").release()
+    assert not sessions.hold("sales").release()
+    assert sessions.hold("sales").before() is None
+
+
+def test_a_queue_is_held_when_its_session_gets_another_number(sessions: Sessions) -> None:
+    made(sessions)
+    hold = sessions.hold("sales")
+    assert not hold.number_is("one", 1.0)
+    assert not hold.number_is("one", 2.0)
+    assert hold.before() is None
+    assert hold.number_is("two", 3.0)
+    assert not hold.number_is("two", 4.0)
+    assert hold.before() == 3.0
+    hold.put(5.0)
+    assert not hold.number_is("two", 6.0)
+    assert hold.before() == 5.0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b'{"version":1,"held_before":"x"}', b'{"version":9}']
+)
+def test_a_hold_that_cannot_be_read_is_said_and_not_forgotten(
+    sessions: Sessions, content: bytes
+) -> None:
+    made(sessions)
+    (sessions.folder("sales") / "queue.json").write_bytes(content)
+    with pytest.raises(DocumentError, match="queue"):
+        sessions.hold("sales").before()
+
+
+def test_a_state_put_while_the_session_is_removed_finds_no_record(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(sessions)
+    original = os.open
+
+    def removed_first(*arguments: Any, **named: Any) -> int:
+        if str(arguments[0]).endswith("state.json.lock"):
+            sessions.remove("sales")
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(os, "open", removed_first)
+    with pytest.raises(RecordMissing):
+        sessions.put_state("sales", StateRecord(generation=1, state="stopped", since=1.0))
+
+
 def test_a_removal_killed_at_any_step_leaves_a_whole_session_or_none(tmp_path: Path) -> None:
     step = 0
     while True:

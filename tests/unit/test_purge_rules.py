@@ -23,6 +23,7 @@ def facts(**more: object) -> Facts:
         "is_wanted_deleted": False,
         "was_linked": False,
         "is_leased": False,
+        "is_link_pending": False,
         "is_supervised": True,
         "touched_at": NOW,
         "alive_at": 0.0,
@@ -80,6 +81,13 @@ def test_an_active_session_stays_but_a_state_that_nobody_keeps_is_history(state:
     old = facts(state=state, touched_at=0.0)
     assert judge(old, STRICT, NOW) == Keep()
     history = dataclasses.replace(old, is_supervised=False)
+    assert judge(history, STRICT, NOW) == Remove(Kind.NEVER_LINKED)
+
+
+def test_a_link_request_that_the_supervisor_has_not_answered_keeps_the_session() -> None:
+    asked = facts(touched_at=0.0, is_link_pending=True)
+    assert judge(asked, STRICT, NOW) == Keep()
+    history = dataclasses.replace(asked, is_supervised=False)
     assert judge(history, STRICT, NOW) == Remove(Kind.NEVER_LINKED)
 
 
