@@ -67,9 +67,39 @@ def test_messages_are_sent_and_looked_up_from_the_command_line(world: World):
     ask(world, "send", "nobody", CONTACT, "Hi", code=3)
     eventually(lambda: ask(world, "messages", "show", "sales", "m1")[0]["status"] == "delivered")
     eventually(lambda: len(ask(world, "messages", "list", "sales")) == 3)
+    ask(world, "stop", "sales")
+    ask(world, "send", "sales", CONTACT, "Never", "--id", "m4")
+    [cancelled] = ask(world, "messages", "cancel", "sales", "m4")
+    assert cancelled["status"] == "cancelled"
+    [too_late] = ask(world, "messages", "cancel", "sales", "m1", code=1)
+    assert too_late["status"] == "delivered"
+    ask(world, "messages", "cancel", "sales", "m9", code=1)
+    ask(world, "messages", "resolve", "sales", "m1", "failed", code=1)
+    assert "Never" not in [row["text"] for row in world.arrived(to=CONTACT)]
     [row] = ask(world, "messages", "list", "sales", "--status", "failed")
     assert row["message_id"] == "m2" and "secret" not in row
     ask(world, "messages", "show", "sales", "m9", code=1)
+
+
+def test_an_operator_resolves_a_message_that_nobody_acknowledged(tmp_path: Path):
+    with contextlib.closing(World(tmp_path, SEND_TIMEOUT_S="2").start()) as world:
+        _resolve(world)
+
+
+def _resolve(world: World) -> None:
+    world.link("sales")
+    world.control.contacts(CONTACT, receipts="none")
+    world.control.send_fault(how="no_ack", count=1)
+    [unknown] = ask(
+        world, "send", "sales", CONTACT, "Hm", "--id", "u1", "--wait", "--timeout", "50", code=1
+    )
+    assert unknown["status"] == "unknown"
+    [resolved] = ask(world, "messages", "resolve", "sales", "u1", "sent")
+    assert resolved["status"] == "sent" and resolved["wa_message_id"] == unknown["wa_message_id"]
+    assert ask(world, "messages", "show", "sales", "u1")[0]["status"] == "sent"
+    names = [fields[b"event"] for _, fields in world.redis.xrange("wa:events")]
+    assert names.count(b"message.sent") == 1
+    assert ask(world, "messages", "resolve", "sales", "u1", "failed", code=1) == []
 
 
 def test_the_raw_payload_of_the_readme_is_sent(world: World):

@@ -227,10 +227,15 @@ def _messages(commands: Any) -> None:
         commands,
         "messages",
         "messages:list_messages",
-        "Look up what became of messages in the ledger.",
-        examples=["messages list sales --status unknown", "messages show sales crm-4711"],
+        "Look up what became of messages, cancel waiting ones, resolve unknown ones.",
+        examples=[
+            "messages list sales --status unknown",
+            "messages show sales crm-4711",
+            "messages cancel sales crm-4711",
+            "messages resolve sales crm-4711 sent",
+        ],
     )
-    kinds = messages.add_subparsers(dest="kind", required=True, metavar="list|show")
+    kinds = messages.add_subparsers(dest="kind", required=True, metavar="list|show|cancel|resolve")
     listing = kinds.add_parser("list", help="the newest messages of a session")
     listing.set_defaults(serve="messages:list_messages")
     _session(listing)
@@ -240,12 +245,19 @@ def _messages(commands: Any) -> None:
     )
     _common(listing)
     _json(listing, "one JSON line a message")
-    showing = kinds.add_parser("show", help="one message in full")
-    showing.set_defaults(serve="messages:show_message")
-    _session(showing)
-    showing.add_argument("message", metavar="MESSAGE_ID", help="the id that the CRM gave")
-    _common(showing)
-    _json(showing, "as one JSON line")
+    for name, about in (
+        ("show", "one message in full"),
+        ("cancel", "cancel one that still waits; exit code 1 when it is too late"),
+        ("resolve", "say what became of an unknown one, after a look at the phone"),
+    ):
+        one = kinds.add_parser(name, help=about, description=about)
+        one.set_defaults(serve=f"messages:{name}_message")
+        _session(one)
+        one.add_argument("message", metavar="MESSAGE_ID", help="the id that the CRM gave")
+        if name == "resolve":
+            one.add_argument("status", choices=["sent", "failed"], help="what became of it")
+        _common(one)
+        _json(one, "as one JSON line")
 
 
 def _looking(commands: Any) -> None:

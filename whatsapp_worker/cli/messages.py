@@ -1,16 +1,22 @@
-"""`whatsapp-worker messages`: what the ledger knows."""
+"""`whatsapp-worker messages`: what the ledger knows, and an operator's word on a message."""
 
 import contextlib
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from storage.ledger import Ledger, Row
+from storage.ledger import Ledger, Row, Settlement
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import columns, emit, moment, paint, printable
-from whatsapp_worker.errors import CommandFailed, UsageError
-from whatsapp_worker.event_names import Status
+from whatsapp_worker.errors import CommandFailed, RedisUnavailable, UsageError
+from whatsapp_worker.event_names import Event, Status
+from whatsapp_worker.rq_job import Outcome
 from whatsapp_worker.settings import Settings
+from whatsapp_worker.stream import EventStream
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 _COLOURS = {
     Status.SENT: "green",
@@ -70,6 +76,76 @@ def show_message(options: Options, settings: Settings) -> int:
     return 0
 
 
+def cancel_message(options: Options, settings: Settings) -> int:
+    """Serve `messages cancel SESSION MESSAGE_ID`; 1 when it was too late."""
+    from whatsapp_worker import cancelling
+    from whatsapp_worker.outbox import Outbox
+
+    host = Host(settings)
+    with _ledger(host, options.session, make=True) as ledger, _stream(host) as (redis, stream):
+        assert ledger is not None
+        outbox = Outbox(redis, options.session, stream=stream, result_ttl_s=settings.result_ttl_s)
+        key = host.sessions.install_key()
+        outcome = cancelling.cancel(options.message, outbox=outbox, ledger=ledger, install_key=key)
+    if outcome is None:
+        raise CommandFailed(f"session {options.session} has no message {options.message!r:.210}")
+    _tell(options, outcome)
+    return 0 if outcome.status == Status.CANCELLED else CommandFailed.exit_code
+
+
+def resolve_message(options: Options, settings: Settings) -> int:
+    """Serve `messages resolve SESSION MESSAGE_ID sent|failed`: an operator looked at the phone."""
+    from whatsapp_worker import outbox
+    from whatsapp_worker.recovery import outcome
+    from whatsapp_worker.stream import event_id
+
+    host = Host(settings)
+    status, now = Status(options.status), time.time()
+    with _ledger(host, options.session) as ledger, _stream(host) as (redis, stream):
+        row = ledger.find(options.message) if ledger else None
+        # Repeated after a Redis that was away, it tells what it could not tell then.
+        if ledger is None or row is None or row.status not in (Status.UNKNOWN, status):
+            raise CommandFailed(
+                f"message {options.message!r:.210} is {row.status if row else 'not known'}:"
+                " only one that is unknown can be resolved"
+            )
+        error = "an operator found that it was not sent" if status == Status.FAILED else None
+        row = ledger.resolve(Settlement(options.message, status, error=error, at=now)) or row
+        found = outcome(row)
+        if found.is_success:
+            outbox.prove_sent(redis, row.job_id, row.message_id, found)
+        event = Event.SENT if found.is_success else Event.FAILED
+        payload = {"message_id": row.message_id, "job_id": row.job_id, **found.as_dict()}
+        id = event_id(options.session, "message", row.message_id, row.attempt, event)
+        stream.add(event, options.session, payload, id=id)
+    _tell(options, found)
+    return 0
+
+
+def _tell(options: Options, outcome: Outcome) -> None:
+    if options.json:
+        emit({"message_id": options.message, **outcome.as_dict()})
+        return
+    why = f" ({printable(outcome.error)})" if outcome.error else ""
+    print(f"{options.message}: {paint(outcome.status, _COLOURS.get(outcome.status, 'red'))}{why}")
+
+
+@contextlib.contextmanager
+def _stream(host: Host) -> Iterator[tuple["Redis", EventStream]]:
+    """Redis and the stream on it.
+
+    Raises:
+        RedisUnavailable: It does not answer (transient).
+    """
+    import redis
+
+    try:
+        with contextlib.closing(host.redis()) as client:
+            yield client, EventStream(client, events_max=host.settings.events_max)
+    except redis.RedisError as error:
+        raise RedisUnavailable("Redis did not answer; call it again") from error
+
+
 def facts(row: Row) -> dict[str, Any]:
     """One message for programs; times are UTC seconds."""
     hidden = ("secret", "content_hash", "recipient_hash")
@@ -77,12 +153,12 @@ def facts(row: Row) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _ledger(host: Host, session: str) -> Iterator[Ledger | None]:
-    """The session's ledger; None while there is none, which is not made."""
+def _ledger(host: Host, session: str, *, make: bool = False) -> Iterator[Ledger | None]:
+    """The session's ledger; None while there is none, unless it is to be made."""
     host.wanted(session)
     path = host.sessions.folder(session) / "ledger.db"
     url = host.settings.database_url
-    if url is None and not path.exists():
+    if url is None and not make and not path.exists():
         yield None
         return
     with contextlib.closing(
