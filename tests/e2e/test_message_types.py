@@ -525,4 +525,3 @@ def test_every_type_leaves_its_secret_where_recovery_looks(bench: Bench) -> None
     found = device_store.handed_over(database, secrets.values())
     ids = {kind: found.get(secret) for kind, secret in secrets.items()}
     assert ids == {kind: outcome["wa_message_id"] for kind, outcome in outcomes.items()}
-
