@@ -1,4 +1,4 @@
-"""Alerts to Sentry: the only file that imports sentry_sdk.
+"""Alerts: what a person must know is told to Sentry, and to the log without it.
 
 The supervisor alone tells Sentry of its devices; they report to it. A thread does all of it, so
 neither a Sentry that hangs nor a full disk ever holds up the supervisor.
@@ -13,21 +13,14 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import sentry_sdk
-from sentry_sdk.integrations.logging import LoggingIntegration
-from sentry_sdk.transport import HttpTransport
-from sentry_sdk.types import Event, Hint
-from sentry_sdk.utils import BadDsn
-
 from storage.documents import Document
 from storage.errors import StorageError
-from whatsapp_worker.alert_policy import Alert, Memory, purge_failed, scrub
-from whatsapp_worker.errors import SettingsError
+from whatsapp_worker.alert_policy import Alert, Memory, scrub
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +66,14 @@ class Alerts:
         self._document = Document(memory, version=VERSION, check=_check(repeat_s))
         self._saved: dict[str, Any] = {}
         self._repeat_s = repeat_s
-        self._client = _client(dsn, host=host, release=release) if dsn else None
+        self._client: Any = None
+        if dsn:
+            from whatsapp_worker import sentry  # megabytes that hosts without a DSN save
+
+            self._client = sentry.client(dsn, host=host, release=release, on_lost=self._on_lost)
         self._sent: OrderedDict[str, Alert] = OrderedDict()
         self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_MAX)
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-        if self._client and isinstance(self._client.transport, _Transport):
-            self._client.transport.on_lost = self._on_lost
 
     def start(self) -> None:
         self._thread.start()
@@ -184,110 +179,7 @@ class Alerts:
             log.warning("alerts.memory_not_saved", extra={"problem": str(error)})
 
 
-@contextlib.contextmanager
-def maintenance_sentry(
-    dsn: str | None, *, host: str, release: str, repeat_s: float
-) -> Iterator[None]:
-    """Report failed jobs of this process, the maintenance worker, by RQ's integration.
-
-    Once, at process entry, before the worker is made, and nowhere else: it would report every
-    message that failed. At the end what waits is sent, for FLUSH_S at most. Nothing happens
-    without a DSN.
-
-    Args:
-        repeat_s: ALERT_REPEAT_S; a purge that fails again sooner is not told again.
-
-    Raises:
-        SettingsError: SENTRY_DSN is no DSN.
-    """
-    if not dsn:
-        yield
-        return
-    from sentry_sdk.integrations.rq import RqIntegration
-
-    memory = Memory(repeat_s=repeat_s)
-
-    def before_send(event: Event, hint: Hint) -> Event | None:
-        alert = purge_failed(problem="")
-        if memory.judge(alert, time.time()) is None:
-            return None
-        event["tags"] = {"event": alert.event, "host": host}
-        event["fingerprint"] = [alert.key, host]
-        return _scrub_job(event, hint)
-
-    with _dsn_named():
-        sentry_sdk.init(
-            dsn,
-            **_options(host, release),
-            integrations=[_quiet_logging(), RqIntegration()],
-            before_send=before_send,
-        )
-    try:
-        yield
-    finally:
-        sentry_sdk.get_client().close(timeout=FLUSH_S)
-
-
-class _Transport(HttpTransport):
-    """Sentry's own, which also says what was lost."""
-
-    on_lost: Callable[[str], None] = staticmethod(lambda event_id: None)
-
-    def record_lost_event(
-        self, reason: str, data_category: Any = None, item: Any = None, *, quantity: int = 1
-    ) -> None:
-        event = item.get_event() if item is not None else None
-        if event and reason in ("network_error", "queue_overflow"):
-            self.on_lost(str(event["event_id"]))
-
-
-def _client(dsn: str, *, host: str, release: str) -> "sentry_sdk.Client":
-    """A client of our own: nothing in this process is captured but what we hand to it."""
-    # It warns of each of its retries; ours say it in one line.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    with _dsn_named():
-        return sentry_sdk.Client(
-            dsn,
-            **_options(host, release),
-            integrations=[_quiet_logging()],
-            transport=_Transport,
-            before_send=_before_send,
-        )
-
-
-@contextlib.contextmanager
-def _dsn_named() -> Iterator[None]:
-    try:
-        yield
-    except BadDsn as error:
-        raise SettingsError([f"SENTRY_DSN is no DSN: {error}"]) from error
-
-
-def _options(host: str, release: str) -> dict[str, Any]:
-    return {
-        "release": release,
-        "server_name": host,
-        # Each of them could capture arguments, queries or URLs.
-        "default_integrations": False,
-        "auto_enabling_integrations": False,
-        "include_local_variables": False,
-        "max_request_body_size": "never",
-        "max_breadcrumbs": 0,
-        "auto_session_tracking": False,
-        "send_client_reports": False,
-        "enable_backpressure_handling": False,
-        "spotlight": False,
-        "shutdown_timeout": FLUSH_S,
-        "transport_queue_size": _SENT_MAX,
-    }
-
-
-def _quiet_logging() -> LoggingIntegration:
-    # Logging alone never alerts, and log lines never travel.
-    return LoggingIntegration(level=None, event_level=None)
-
-
-def _event(alert: Alert, host: str) -> Event:
+def _event(alert: Alert, host: str) -> dict[str, Any]:
     tags = {"event": alert.event, "host": host, **alert.tags}
     if alert.session:
         tags["session"] = alert.session
@@ -301,23 +193,6 @@ def _event(alert: Alert, host: str) -> Event:
         "tags": tags,
         "contexts": {"alert": dict(alert.context)} if alert.context else {},
     }
-
-
-def _before_send(event: Event, hint: Hint) -> Event:
-    for name in ("message", "fingerprint", "tags", "contexts"):
-        if name in event:
-            event[name] = scrub(event[name])
-    return event
-
-
-def _scrub_job(event: Event, hint: Hint) -> Event:
-    job = event.get("extra", {}).get("rq-job")
-    if isinstance(job, dict):
-        job.pop("description", None)  # RQ's default repeats the arguments
-    for problem in (event.get("exception") or {}).get("values", []):
-        problem["value"] = scrub(problem.get("value"))
-    event["extra"] = scrub(event.get("extra", {}))
-    return _before_send(event, hint)
 
 
 def _check(repeat_s: float) -> Callable[[dict[str, Any]], object]:

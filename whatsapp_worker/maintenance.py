@@ -40,7 +40,7 @@ _ALLOWED: dict[str, Callable[..., Any]] = {PURGE_SESSIONS: purge_job.purge_sessi
 
 def run(settings: Settings) -> int:
     """Run this host's periodic jobs until SIGTERM or SIGINT; call on the main thread."""
-    from whatsapp_worker.alerts import maintenance_sentry  # not for those who only purge
+    from whatsapp_worker.sentry import maintenance_sentry  # not for those who only purge
 
     stop = threading.Event()
 
