@@ -641,7 +641,7 @@ class ManagedSession:
         if isinstance(verdict, Again):
             self._wait_for_attempt(verdict, reason, lost_at)
         else:
-            self._fail(verdict, reason, lost_at)
+            self._fail(verdict, reason, lost_at, now)
 
     def _wait_for_attempt(self, again: Again, reason: Reason, lost_at: float) -> None:
         self.due_at = lost_at + again.wait_s
@@ -659,7 +659,7 @@ class ManagedSession:
             },
         )
 
-    def _fail(self, end: GiveUp, reason: Reason, lost_at: float) -> None:
+    def _fail(self, end: GiveUp, reason: Reason, lost_at: float, now: float) -> None:
         wait_s = end.cooldown_s
         self.due_at = None if wait_s is None else lost_at + wait_s
         self._status.move(
@@ -668,6 +668,8 @@ class ManagedSession:
             attempt=0,
             next_attempt_at=None if wait_s is None else self._at(wait_s),
         )
+        if self._link is not None:  # the phone accepted, or had long ago, and yet no login
+            self._finish_link("failed", self.reason, now)
 
     def _at(self, wait_s: float) -> float:
         return round(self._host.wall() + wait_s, 3)

@@ -43,6 +43,7 @@ class SessionProcess:
     ended_at: float | None = None
     closed_at: float | None = None  # it closed its channel
     heartbeat: dict[str, Any] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)  # reported, not yet alerted
     said: Ending | None = None
     _verdict: Ending | None = None
     _term_at: float | None = None
@@ -85,6 +86,8 @@ class SessionProcess:
                 self.login_at = now
             case "heartbeat":
                 self.heartbeat = report
+            case "failure":
+                self.failures.append(report)
             case "leaving":
                 self.ended_at = now
             case "ended":

@@ -366,6 +366,14 @@ def test_a_failed_relink_leaves_the_old_credentials_in_service(play: Play) -> No
     assert play.kinds == ["device", "pairing", "device"]
 
 
+def test_a_link_whose_logins_all_fail_is_answered_when_the_attempts_are_spent(play: Play) -> None:
+    link(play)
+    for _ in range(4):
+        play.exit(LOST)
+        play.tick(12.1)
+    assert play.saved.link["reason"] == "wa-connection-failed"
+
+
 def test_a_failed_relink_of_a_logged_out_session_leaves_it_logged_out(play: Play) -> None:
     play.start()
     play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
