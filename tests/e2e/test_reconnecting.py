@@ -242,7 +242,9 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
     world = World(tmp_path, HEALTH_CHECK_INTERVAL_S="0.5")
     try:
         phone = world.start().link("sales")
-        rss_mib = eventually(lambda: world.state("sales")["rss_mib"])
+        first = eventually(lambda: world.state("sales")["rss_mib"])  # told before the login
+        eventually(lambda: world.state("sales")["rss_mib"] != first)
+        rss_mib = world.state("sales")["rss_mib"]
         assert world.supervisor is not None
         world.supervisor.terminate()
         world.supervisor.wait(15)
