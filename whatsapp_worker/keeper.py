@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_S = 2.0
 JOBS_A_SWEEP = 2000
-TRIM_EVERY = 30  # sweeps
+TRIM_EVERY = 5  # sweeps: a full stream is told of before it drops anything
 
 
 class Keeper:
@@ -36,6 +36,8 @@ class Keeper:
         consumed: Callable[[], Set[str]],
         result_ttl_s: float,
         timetable: Callable[[], object] = lambda: None,
+        on_fill: Callable[[float, str | None], None] = lambda full, slowest_group: None,
+        on_poisoned: Callable[[str, str, str], None] = lambda session, job_id, problem: None,
     ) -> None:
         """
         Args:
@@ -44,6 +46,8 @@ class Keeper:
             consumed: The sessions that have a device process now; their queues are left alone.
             result_ttl_s: `RESULT_TTL_S`.
             timetable: Enqueues what is due by the clock; asked at every sweep.
+            on_fill: Told now and then how full the stream is: `Alarm.stream_is`.
+            on_poisoned: Told of jobs that nobody can read: `Alarm.job_poisoned`.
         """
         self._redis = redis
         self._stream = stream
@@ -51,6 +55,8 @@ class Keeper:
         self._consumed = consumed
         self._result_ttl_s = result_ttl_s
         self._timetable = timetable
+        self._on_fill = on_fill
+        self._on_poisoned = on_poisoned
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -70,7 +76,7 @@ class Keeper:
                 self.sweep()
                 self._timetable()
                 if sweeps % TRIM_EVERY == 0:
-                    self._stream.trim()
+                    self.trim()
                 sweeps += 1
                 was_down = False
             except RedisError as error:
@@ -93,6 +99,11 @@ class Keeper:
                 left -= self._fail(queue, error, left)
         return JOBS_A_SWEEP - left
 
+    def trim(self) -> None:
+        """Trim the stream and tell how full it is. Raises as `sweep` does."""
+        full = self._stream.trim()
+        self._on_fill(full, self._stream.slowest_group() if full else None)
+
     def _fail(self, queue: str, error: str, limit: int) -> int:
         failed = outbox.fail_queue(
             self._redis,
@@ -101,6 +112,7 @@ class Keeper:
             stream=self._stream,
             result_ttl_s=self._result_ttl_s,
             limit=min(500, limit),
+            on_poisoned=lambda id, problem: self._on_poisoned(_session(queue), id, problem),
         )
         if failed:
             log.info("queue.failed", extra={"queue": queue, "jobs": failed, "error": error})
@@ -136,3 +148,8 @@ class Keeper:
         if wanted is None:
             return "unknown session"
         return "session deleted" if wanted.run == "delete" else None
+
+
+def _session(queue: str) -> str:
+    found = session_of_queue(queue)
+    return "" if found is None else found[0]

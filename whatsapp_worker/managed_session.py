@@ -176,6 +176,11 @@ class ManagedSession:
         return self.due_at - READY_S
 
     @property
+    def is_logging_out(self) -> bool:
+        """Whether an operator asked for a logout that is under way."""
+        return self._logout is not None
+
+    @property
     def is_gone(self) -> bool:
         """Whether its deletion is finished."""
         return self._is_gone

@@ -27,7 +27,8 @@ class MessageBreaker:
             path: Its file; None keeps it in memory only.
             threshold: `MSG_FAILURE_THRESHOLD`.
             reset_s: `MSG_RESET_S`.
-            tell: Called once a trip with `breaker.opened` and once with `breaker.closed`.
+            tell: Called with `breaker.opened` at each trip, and again with `again` true whenever
+                a try has failed; with `breaker.closed` once it has recovered.
         """
         self._document = Document(path, version=1) if path else None
         self._threshold = threshold
@@ -49,7 +50,7 @@ class MessageBreaker:
         before = self._breaker
         self._breaker = before.failed(time.time(), failure, threshold=self._threshold)
         self._write()
-        if before.opened_at is None and self._breaker.opened_at is not None:
+        if self._breaker.opened_at is not None:
             self._tell(
                 Event.BREAKER_OPENED,
                 {
@@ -57,6 +58,7 @@ class MessageBreaker:
                     "failure": failure,
                     "failures": [dict(last) for last in self._breaker.last],
                     "retry_after_s": self._reset_s,
+                    "again": before.opened_at is not None,
                 },
             )
 

@@ -20,7 +20,7 @@ import select
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -584,6 +584,7 @@ def fail_queue(
     stream: EventStream,
     result_ttl_s: float,
     limit: int = 500,
+    on_poisoned: Callable[[str, str], None] = lambda job_id, problem: None,
 ) -> int:
     """Fail the next jobs of a queue whose session is unknown or deleted (for the queue keeper).
 
@@ -593,6 +594,7 @@ def fail_queue(
         queue: RQ name, `wa:out:<session>` or `wa:out:<session>:high`.
         error: What the CRM reads: "unknown session", "session deleted".
         limit: Most jobs of this call.
+        on_poisoned: Told the id of each job that nobody could have read, and why.
 
     Returns:
         How many were failed; 0 when the queue is empty.
@@ -609,6 +611,8 @@ def fail_queue(
     outbox.exchange()
     while (job := outbox.next()) is not None:
         count += 1
+        if job.poison:
+            on_poisoned(job.id if job.is_named else "", job.poison)
         outbox.exchange([Finished(job, failed)], pop=count < limit)
     return count
 

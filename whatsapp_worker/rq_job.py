@@ -41,7 +41,7 @@ class JobRefused(WorkerError):
     """A job that can never be run, whatever its message says; the text names what is wrong."""
 
 
-class TextWiped(JobRefused):
+class TextWiped(WorkerError):
     """A settled job was put on the queue again; its text is gone."""
 
 
@@ -103,6 +103,20 @@ class Job:
     def is_settled(self) -> bool:
         """Finished already: a second list entry of the same job id."""
         return self.status in (JobStatus.FINISHED, JobStatus.FAILED) and self.outcome is not None
+
+    @property
+    def poison(self) -> str | None:
+        """What in it nobody can read, without its content; None when the producer's program is
+        not to blame: the job can be read, or its record has expired."""
+        is_expired = not self.exists and self.is_named
+        if not isinstance(self.problem, JobRefused) or is_expired:
+            return None
+        return str(self.problem).partition(":")[0][:40]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether what stood in the queue is a job id at all."""
+        return JOB_ID_PATTERN.fullmatch(self.id) is not None
 
     @property
     def is_cancelled(self) -> bool:

@@ -92,15 +92,31 @@ class EventStream:
             length = int(self._redis.xlen(EVENTS_STREAM))
         return length / self.events_max
 
+    def slowest_group(self) -> str | None:
+        """The consumer group that has read and acknowledged least; None without any group.
+
+        Raises:
+            redis.RedisError: Transient.
+        """
+        return min(self._ends(), default=(None, None))[1]
+
     def _slowest(self) -> str:
         """The id before which every group has read and acknowledged everything."""
+        (milliseconds, sequence), _ = min(
+            self._ends(), default=((int(time.time() * 1000), 0), None)
+        )
+        return f"{milliseconds}-{sequence}"
+
+    def _ends(self) -> list[tuple[tuple[int, int], str]]:
+        """Each group's name after the id before which it has read and acknowledged everything."""
         ends = []
         for group in self._redis.xinfo_groups(EVENTS_STREAM):
-            ends.append(_text(group["last-delivered-id"]))
+            name = _text(group["name"])
+            ends.append((_order(_text(group["last-delivered-id"])), name))
             if group["pending"]:
-                pending = self._redis.xpending(EVENTS_STREAM, group["name"])
-                ends.append(_text(pending["min"]))
-        return min(ends, key=_order, default=f"{int(time.time() * 1000)}-0")
+                pending = self._redis.xpending(EVENTS_STREAM, name)
+                ends.append((_order(_text(pending["min"])), name))
+        return ends
 
 
 def _text(value: bytes | str | None) -> str:

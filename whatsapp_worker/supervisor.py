@@ -24,6 +24,8 @@ from storage.errors import LockHeld, StorageError
 from storage.locks import FileLock
 from storage.sessions import Sessions
 from whatsapp_worker import maintenance, process, reconnect, redis_client
+from whatsapp_worker.alarm import Alarm
+from whatsapp_worker.alerts import FLUSH_S
 from whatsapp_worker.announcer import Announcer
 from whatsapp_worker.companions import Companion
 from whatsapp_worker.errors import AlreadyRunning
@@ -143,6 +145,7 @@ class Supervisor:
         self._notifier = Notifier(environ)
         self._consumed: frozenset[str] = frozenset()
         self._announcer = Announcer(self._stream())
+        self._alarm = Alarm(settings)
         redis = redis_client.connect(self._url)
         self._keeper = Keeper(
             redis=redis,
@@ -151,6 +154,8 @@ class Supervisor:
             consumed=lambda: self._consumed,
             result_ttl_s=settings.result_ttl_s,
             timetable=lambda: maintenance.enqueue_purge(redis, settings, now=time.time()),
+            on_fill=self._alarm.stream_is,
+            on_poisoned=self._alarm.job_poisoned,
         )
 
     @property
@@ -192,6 +197,7 @@ class Supervisor:
         self._leftovers.end_all(locks, timeout_s=LEFTOVER_TIMEOUT_S)
         self._keep_children(time.monotonic())
         self._announcer.start()
+        self._alarm.start()
         self._keeper.start()
         self._read_wanted(time.monotonic())
         self._notifier.ready()
@@ -328,6 +334,7 @@ class Supervisor:
         if session is not None and session.process is run:
             with self._contained(session):
                 session.hear(now)  # its last word may still lie in the channel
+        self._pass_on(run)
         self._forget(run)
         if session is not None and session.process is run:
             code = None if status is None else os.waitstatus_to_exitcode(status)
@@ -354,8 +361,15 @@ class Supervisor:
                     session.hear(now)
             elif run.closed_at is None:
                 run.hear(now)
+            self._pass_on(run)
             if run.closed_at is not None:  # else the end of file would wake the loop for ever
                 self._unwatch(run)
+
+    def _pass_on(self, run: SessionProcess) -> None:
+        """What went wrong in a device process, for a person to know."""
+        failures, run.failures = run.failures, []
+        for failure in failures:
+            self._alarm.device_failed(run.session, failure)
 
     def _unwatch(self, run: SessionProcess) -> None:
         with contextlib.suppress(KeyError):  # done already
@@ -489,6 +503,10 @@ class Supervisor:
 
     def told(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
         self._announcer.announce(event, session, payload)
+        if event is Event.STATE_CHANGED:
+            managed = self._managed.get(session)
+            was_asked = managed is not None and managed.is_logging_out
+            self._alarm.session_changed(session, payload, was_asked=was_asked)
 
     def logged_in(self, session: str) -> None:
         if not self._is_outage:
@@ -529,6 +547,7 @@ class Supervisor:
             drained &= companion.end(deadline=time.monotonic() + self._left_s(deadline))
         if self._redis is not None:
             drained &= self._redis.stop(timeout_s=max(0.5, self._left_s(deadline)))
+        self._alarm.close(timeout_s=min(FLUSH_S, max(0.5, self._left_s(deadline))))
         log.info("supervisor.stopped", extra={"drained": drained})
         return 0 if drained else NOT_DRAINED
 
