@@ -1,5 +1,5 @@
-# Each target sets itself up: make demo | run | test | lint | clean. PYTHON=... chooses the Python.
-.PHONY: demo run test lint setup clean
+# Each target sets itself up: make demo | run | test | lint | bench | soak | clean. PYTHON=... chooses the Python.
+.PHONY: demo run test lint bench soak setup clean
 BIN = .venv/bin
 
 demo: setup ## The whole path without a phone; KEEP=1 leaves it running until Ctrl-C
@@ -16,6 +16,12 @@ lint: setup ## Style, types and the import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup ## Speed and memory beside a raw neonize loop; about five minutes
+	@$(BIN)/python tests/bench.py $(ARGS)
+
+soak: setup ## Twenty sessions under random faults for twenty minutes
+	@$(BIN)/python tests/soak.py $(ARGS)
 
 setup:
 	@PYTHON="$(PYTHON)" scripts/setup.sh

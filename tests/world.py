@@ -121,7 +121,7 @@ class World:
         """Sandbox, supervisor and events process."""
         self.start_sandbox()
         self.start_supervisor()
-        self.spawn("events")
+        self.events = self.spawn("events")
         return self
 
     def start_sandbox(self) -> None:
