@@ -9,6 +9,7 @@ from sqlalchemy.engine import Connection
 
 from storage import sqlite_files
 from storage.database import Database, Statement
+from storage.documents import sync_folder, write_synced
 from storage.errors import LedgerBroken, LedgerNewer, LedgerUnavailable
 from storage.ledger_tables import HEAD, KNOWN_REVISIONS, messages, metadata
 
@@ -44,13 +45,20 @@ def _check_file(path: Path) -> None:
         return
     if sqlite_files.repair(path):
         return
-    aside = sqlite_files.set_aside(path)
+    aside = sqlite_files.name_aside(path)
     text = (
         f"The ledger {path} was damaged beyond repair and set aside as {aside.name}. Sending on"
         " without it could send messages twice, so this session's queue is held. Look through the"
         f" queue; to go on with an empty ledger remove {held}."
     )
-    held.write_text(text + f"\nSet aside at {time.time():.0f}.\n")
+    # Held first: killed between the two, the next opening must not begin an empty ledger.
+    try:
+        held.unlink(missing_ok=True)
+        write_synced(held, f"{text}\nSet aside at {time.time():.0f}.\n".encode(), 0o600)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise LedgerUnavailable(f"{path} is damaged, and cannot be set aside: {error}") from error
+    sqlite_files.set_aside(path, aside)
     raise LedgerBroken(text)
 
 

@@ -51,15 +51,17 @@ def repair(path: Path) -> bool:
     return is_whole
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file and what belongs to it to `.broken-<time>`; the new path."""
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    aside = path.with_name(f"{path.name}.broken-{stamp}")
+def name_aside(path: Path) -> Path:
+    """A name beside a damaged file: `.broken-<time>`."""
+    return path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+
+
+def set_aside(path: Path, aside: Path) -> None:
+    """Rename a damaged file and what belongs to it."""
     for side in _SIDES:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + side).rename(aside.with_name(aside.name + side))
     log.error("sqlite.set_aside", extra={"path": str(path), "kept_as": aside.name})
-    return aside
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

@@ -122,7 +122,11 @@ class DeviceProcess:
         try:
             if self._open() and self._recover() and self._connect():
                 self._serve()
-        except (DeviceStoreBroken, StorageError) as broken:
+        except DeviceStoreBroken as broken:
+            remedy = f"whatsapp-worker link {self._session} --again"
+            said = f"the credentials are damaged ({broken}); link the session again: {remedy}"
+            return refused(said), Exit.STORE_BROKEN
+        except StorageError as broken:
             return refused(str(broken)), Exit.STORE_BROKEN
         except SandboxUnsafe as unsafe:
             return refused(str(unsafe)), Exit.UNSAFE

@@ -16,12 +16,12 @@ from typing import Any
 
 from redis import RedisError
 
-from storage.documents import Document, Fields
+from storage.documents import Fields
 from storage.errors import LockHeld, StorageError
 from storage.ledger import Ledger
 from storage.locks import FileLock, is_locked
 from storage.sessions import Sessions, StateRecord, Wanted
-from whatsapp_worker import device_store
+from whatsapp_worker import device_store, purge_memory
 from whatsapp_worker.deletion import delete_session
 from whatsapp_worker.errors import AlreadyRunning
 from whatsapp_worker.event_names import Event
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 MAX_RUN_S = 300.0
 LEDGER_EVERY_S = 86_400.0  # old rows are looked for once a day
 _BATCH = 200  # sessions whose queues are asked about in one round trip
-_VERSION = 1
 
 
 @dataclass
@@ -103,7 +102,7 @@ class Purge:
         self._clock = clock
         self._is_stopping = is_stopping
         self._max_run_s = max_run_s
-        self._memory = Document(settings.data_dir / "purge.json", version=_VERSION, check=_check)
+        self._memory = purge_memory.document(settings.data_dir)
         self._report = Report(dry_run=dry_run)
         self._is_dry = dry_run
 
@@ -114,22 +113,36 @@ class Purge:
             AlreadyRunning: Another purge runs on this data folder (transient).
             StorageError: The data folder cannot be used.
         """
-        began = time.monotonic()
-        self._deadline = began + self._max_run_s
+        self._began = time.monotonic()
+        self._deadline = self._began + self._max_run_s
         if self._settings.data_dir.is_dir():
             with self._alone():
-                memory = self._remembered()
-                self._clean()
-                memory["sessions"] = self._purge_sessions(memory.get("sessions"))
-                self._with_redis(self._purge_queues)
-                memory["ledgers"] = self._purge_ledgers(memory.get("ledgers") or {})
-                if not self._is_dry:
-                    self._memory.write(memory)
-        self._report.tombstones = len(self._sessions.tombstones.all())
-        self._report.duration_s = round(time.monotonic() - began, 3)
+                self._run()
+        else:
+            self._sum_up()
         if not self._is_dry:
             self._tell()
         return self._report
+
+    def _run(self) -> None:
+        memory = self._remembered()
+        self._clean()
+        memory["sessions"] = self._purge_sessions(memory.get("sessions"))
+        self._with_redis(self._purge_queues)
+        memory["ledgers"] = self._purge_ledgers(memory.get("ledgers") or {})
+        self._sum_up()
+        if not self._is_dry:
+            self._memory.write({**memory, **self._counted(memory)})
+
+    def _counted(self, memory: Fields) -> Fields:
+        done = self._report
+        facts = {"bytes_freed": done.bytes_freed, "duration_s": done.duration_s}
+        facts |= {"runs": 1, "incomplete": int(not done.is_complete)}
+        return purge_memory.counted(memory, facts, purged=done.purged, now=self._clock())
+
+    def _sum_up(self) -> None:
+        self._report.tombstones = len(self._sessions.tombstones.all())
+        self._report.duration_s = round(time.monotonic() - self._began, 3)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -386,8 +399,3 @@ def _changed_at(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return time.time()
-
-
-def _check(fields: Fields) -> None:
-    if not isinstance(fields.get("ledgers", {}), dict):
-        raise ValueError("ledgers is no object")

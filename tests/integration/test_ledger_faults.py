@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faults
 import postgres
 import pytest
 import sqlalchemy as sa
@@ -175,10 +176,31 @@ def test_a_ledger_beyond_repair_is_set_aside_and_held_until_an_operator_acts(
     assert not filled.exists()
     (aside,) = filled.parent.glob("ledger.db.broken-*")
     assert aside.read_bytes() == data
+    assert stat.S_IMODE(held_path(filled).stat().st_mode) == 0o600
     held_path(filled).unlink()
     ledger = Ledger.open(filled, "sales")
     assert ledger.counts() == {}
     ledger.close()
+
+
+def test_a_kill_while_a_ledger_is_set_aside_never_leaves_an_empty_one(filled: Path) -> None:
+    data = b"x" * 4096 + filled.read_bytes()[4096:]
+    step = 0
+    while True:
+        filled.write_bytes(data)
+        was_killed = faults.killed_at(step, lambda: _refused(filled))
+        _refused(filled)
+        if not was_killed:
+            break
+        for path in filled.parent.iterdir():
+            path.unlink()
+        step += 1
+    assert step > 4
+
+
+def _refused(path: Path) -> None:
+    with pytest.raises(LedgerBroken):
+        Ledger.open(path, "sales").close()
 
 
 def test_damage_found_while_running_is_named(filled: Path) -> None:

@@ -36,6 +36,7 @@ from storage.sessions import Sessions, StateRecord
 from whatsapp_worker import maintenance
 from whatsapp_worker.errors import AlreadyRunning
 from whatsapp_worker.purge import Purge, Report
+from whatsapp_worker.purge_memory import counters
 from whatsapp_worker.purge_queues import PurgeQueues
 from whatsapp_worker.session import State
 from whatsapp_worker.settings import Settings
@@ -400,6 +401,32 @@ def test_it_is_told_on_the_stream(config: Settings, sessions: Sessions, redis: "
     payload = json.loads(fields[b"payload"])
     assert payload["purged"] == {"never_linked": 1}
     assert payload["bytes_freed"] == report.bytes_freed
+
+
+def test_what_all_purges_did_is_counted(
+    config: Settings, sessions: Sessions, redis: "Redis"
+) -> None:
+    assert counters(config.data_dir) is None
+    make(sessions, "one", touched_at=0.0)
+    first = purge(config)
+    make(sessions, "two", touched_at=0.0)
+    second = purge(config, max_run_s=0.0)
+    third = purge(config, NOW + 1)
+    purge(config, NOW + 2, dry_run=True)
+    freed = first.bytes_freed + second.bytes_freed + third.bytes_freed
+    found = counters(config.data_dir)
+    assert found is not None
+    assert found.pop("duration_s") >= 0
+    assert found == {
+        "runs": 3,
+        "incomplete": 1,
+        "purged": {"never_linked": 2},
+        "bytes_freed": freed,
+        "last_at": NOW + 1,
+    }
+    (config.data_dir / "purge.json").write_bytes(b"garbage")
+    purge(config)
+    assert counters(config.data_dir)
 
 
 def test_a_purge_killed_at_any_step_is_finished_by_the_next_and_brings_nothing_back(

@@ -7,7 +7,7 @@ from typing import Any
 
 from storage.errors import StorageError
 from storage.sessions import StateRecord, Wanted
-from whatsapp_worker import keys
+from whatsapp_worker import keys, purge_memory
 from whatsapp_worker.cli import host as hosts
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
@@ -89,6 +89,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "database": hosts.check_database(host.settings),
         "network": host.settings.network,
         "data_dir": str(host.settings.data_dir.absolute()),
+        "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
             _row(host, name, alive, depths.get(name))
             | ({"history": _history(host, name)} if session else {})
