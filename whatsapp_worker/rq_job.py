@@ -247,7 +247,10 @@ def _inflate(data: bytes) -> bytes:
     stream = zlib.decompressobj()
     try:
         plain = stream.decompress(data, MAX_PAYLOAD + 1)
+        is_whole = stream.eof or len(plain) > MAX_PAYLOAD
     except zlib.error:
+        is_whole = False
+    if not is_whole:
         plain = data  # RQ reads what was never compressed, too
     if len(plain) > MAX_PAYLOAD:
         raise JobRefused(f"data: longer than {MAX_PAYLOAD} bytes")
