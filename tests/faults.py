@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,14 @@ Step = Callable[[str, tuple[Any, ...]], None]
 
 
 @contextmanager
-def before_each_step(act: Step) -> Iterator[None]:
-    """Call `act(name, arguments)` before every call of `os` that changes a file or folder."""
-    originals = {name: getattr(os, name) for name in CHANGING}
+def before_each_step(act: Step, *, also: Sequence[tuple[Any, str]] = ()) -> Iterator[None]:
+    """Call `act(name, arguments)` before every call of `os` that changes a file or folder.
+
+    Args:
+        also: Functions of other modules or classes that are steps, too.
+    """
+    places = [*((os, name) for name in CHANGING), *also]
+    originals = [(place, name, getattr(place, name)) for place, name in places]
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -23,12 +28,12 @@ def before_each_step(act: Step) -> Iterator[None]:
         return call
 
     try:
-        for name, original in originals.items():
-            setattr(os, name, wrap(name, original))
+        for place, name, original in originals:
+            setattr(place, name, wrap(name, original))
         yield
     finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
+        for place, name, original in originals:
+            setattr(place, name, original)
 
 
 class At:
@@ -62,13 +67,15 @@ def fail_with(number: int) -> Step:
     return act
 
 
-def killed_at(step: int, work: Callable[[], object]) -> bool:
+def killed_at(
+    step: int, work: Callable[[], object], *, also: Sequence[tuple[Any, str]] = ()
+) -> bool:
     """Do the work in a forked child that is killed at that step; False when it got to the end."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            with before_each_step(At(step, kill)):
+            with before_each_step(At(step, kill), also=also):
                 work()
             code = 0
         finally:

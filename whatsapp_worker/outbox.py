@@ -491,6 +491,12 @@ class Outbox:
         live = (b"queued", b"started", b"scheduled")
         return {raw_id for raw_id, status in zip(ids, statuses, strict=True) if status in live}
 
+    def close(self) -> None:
+        """Give its connections back to the client's pool; the next use takes new ones."""
+        self._hang_up()
+        for lane in self._lanes:
+            lane.wire.close()
+
     def _hang_up(self) -> None:
         """End the connections that wait; what their BLMOVE popped is in a limbo list."""
         self._wire.close()
@@ -601,6 +607,13 @@ def fail_queue(
     """
     session = queue.removeprefix(OUTBOUND_PREFIX).removesuffix(HIGH_SUFFIX)
     outbox = Outbox(redis, session, stream=stream, result_ttl_s=result_ttl_s, queues=[queue])
+    with contextlib.closing(outbox):
+        return _fail_all(outbox, error, limit=limit, on_poisoned=on_poisoned)
+
+
+def _fail_all(
+    outbox: Outbox, error: str, *, limit: int, on_poisoned: Callable[[str, str], None]
+) -> int:
     failed = Outcome(Status.FAILED, error=error)
     # What a device process had in hand when it died may have been sent.
     left = [(job, job.outcome) for job in outbox.limbo() if job.status == "started"]

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from redis import Redis
+from redis.connection import AbstractConnection
 from rq import Callback, Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -342,6 +343,18 @@ def test_queues_of_unknown_sessions_are_emptied_and_forgotten(
     assert known.get_status() == "queued"
 
 
+def test_many_queues_are_emptied_over_few_connections(
+    config: Settings, sessions: Sessions, redis: "Redis"
+) -> None:
+    jobs = [enqueue(redis, f"s{number}") for number in range(120)]
+    before = redis.info("stats")["total_connections_received"]
+    report = purge(config)
+    assert report.is_complete
+    assert report.purged == {"jobs": len(jobs), "queues": len(jobs)}
+    assert len(redis.client_list()) < 10
+    assert redis.info("stats")["total_connections_received"] - before <= 4 * len(jobs)
+
+
 def test_dead_workers_are_forgotten(config: Settings, sessions: Sessions, redis: "Redis") -> None:
     for registry in ("rq:workers", "rq:workers:wa:maintenance:here"):
         redis.sadd(registry, "rq:worker:wa-maintenance-1-dead", "rq:worker:wa-maintenance-2-alive")
@@ -440,7 +453,12 @@ def test_a_purge_killed_at_any_step_is_finished_by_the_next_and_brings_nothing_b
         sessions.install_key()
         make(sessions, "out", State.LOGGED_OUT, linked=True, touched_at=0.0)
         make(sessions, "good", State.FAILED, linked=True)
-        was_killed = faults.killed_at(step, lambda config=config: purge(config))
+        make(sessions, "gone", State.STOPPED, linked=True)
+        sessions.want("gone", lambda wanted: dataclasses.replace(wanted, run="delete"))
+        redis.flushall()
+        job = enqueue(redis, "gone")
+        said = [(AbstractConnection, "send_packed_command")]
+        was_killed = faults.killed_at(step, lambda config=config: purge(config), also=said)
         buried = sessions.tombstones.find("out") is not None
         left = sessions.wanted("out")
         if buried:
@@ -451,13 +469,21 @@ def test_a_purge_killed_at_any_step_is_finished_by_the_next_and_brings_nothing_b
         assert report.is_complete
         assert sessions.ids() == ["good"]
         assert sessions.tombstones.find("out") is not None
+        assert sessions.tombstones.find("gone") is not None
+        job.refresh()
+        assert job.get_status(refresh=False) == "failed"
+        assert job.meta["outcome"]["error"] == "session deleted"
+        events = [fields for _, fields in redis.xrange("wa:events")]
+        told = {fields[b"id"] for fields in events if fields[b"event"] == b"message.failed"}
+        assert len(told) == 1, "told again, it is the same event"
+        assert not redis.exists("rq:queue:wa:out:gone", "rq:queue:wa:out:gone:intermediate")
         assert sessions.wanted("good") is not None
         assert sorted(path.name for path in (config.data_dir / "sessions").iterdir()) == ["good"]
         assert not list(config.data_dir.rglob("*.tmp"))
         if not was_killed:
             break
         step += 1
-    assert step > 25
+    assert step > 50
 
 
 @pytest.mark.parametrize("count", [500, 1000])
