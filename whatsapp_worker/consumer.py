@@ -40,6 +40,7 @@ from storage.ledger import (
     Unsettled,
 )
 from whatsapp_worker import recovery
+from whatsapp_worker.breaker_board import BreakerBoard
 from whatsapp_worker.breakers import Breaker, Phase
 from whatsapp_worker.content import needs_preparing
 from whatsapp_worker.device import SendAck, SendFailed
@@ -62,7 +63,6 @@ _IDLE_WAIT_S = 1.0  # between two turns of an idle loop
 _LOOK_S = 0.25  # between two looks at `stop` while a send is under way
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 900.0  # after WhatsApp asked for one
 _TIDY_S = 60.0
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
@@ -141,6 +141,8 @@ class Consumer:
         probe: Callable[[], object] | None = None,
         breaker_file: Path | None = None,
         on_breaker: Callable[[Event, Mapping[str, Any]], None] | None = None,
+        on_poisoned: Callable[[str, str], None] = lambda job_id, problem: None,
+        board: BreakerBoard | None = None,
         held_before: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Reads the breaker's file; nothing else is touched yet.
@@ -158,7 +160,10 @@ class Consumer:
             probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
             breaker_file: Where the message breaker's count outlives this process.
             on_breaker: Told of `breaker.opened` and `breaker.closed`, for the supervisor's alert;
-                the stream is told here.
+                and again, with `again` true, when a half-open one has failed. The stream is told
+                here, once a trip.
+            on_poisoned: Told the id of each job that nobody could read, and what is wrong in it.
+            board: Where other processes see the breakers.
             held_before: `Hold.before`; asked once a second.
         """
         self.session = session
@@ -173,6 +178,7 @@ class Consumer:
         self._prepare = prepare
         self._probe = probe
         self._on_breaker = on_breaker
+        self._on_poisoned = on_poisoned
         self._ask_held_before = held_before
         self._held_before: float | None = None
         self._is_held = False  # what is next was enqueued for another number
@@ -185,8 +191,7 @@ class Consumer:
         self._in_flight = False
         self._trouble = ""  # "redis" or "database" while one of them does not answer
         self._redis_rest_s = _FIRST_REST_S
-        self._pause_s = _FIRST_PAUSE_S
-        self._paused_until = 0.0  # UTC seconds
+        self._board = board
         self._database = Breaker()
         self._breaker = MessageBreaker(
             breaker_file,
@@ -194,6 +199,7 @@ class Consumer:
             reset_s=settings.msg_reset_s,
             tell=self._tell_breaker,
         )
+        self._paused_until = self._breaker.paused_until  # UTC seconds
         self._depth = 0
         self._looked_at = self._tidied_at = 0.0
 
@@ -365,6 +371,8 @@ class Consumer:
         if row is not None:
             return Finished(job, recovery.outcome(row), row.attempt)
         log.warning("job.refused", extra={"session": self.session, "job": job.id})
+        if job.poison:
+            self._on_poisoned(job.id if job.is_named else "", job.poison)
         error = f"{type(job.problem).__name__}: {job.problem}"
         return Finished(job, Outcome(Status.FAILED, error=error))
 
@@ -591,7 +599,6 @@ class Consumer:
 
     def _success(self, claim: Claim, ack: SendAck) -> Outcome:
         self.sent += 1
-        self._pause_s = _FIRST_PAUSE_S
         self._breaker.succeeded()
         if self._on_sent is not None and ack.wa_message_id:
             self._on_sent(ack.wa_message_id, claim.message_id)
@@ -625,8 +632,7 @@ class Consumer:
     def _pause(self, claim: Claim) -> None:
         """WhatsApp wants this number to send less: rest, longer each time."""
         self._release(claim, recovery.PAUSED)
-        self._paused_until = time.time() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+        self._paused_until = self._breaker.pause()
         extra = {"session": self.session, "until": self._paused_until}
         log.warning("queue.paused", extra=extra)
         raise _Released
@@ -735,12 +741,13 @@ class Consumer:
         threshold = self._settings.db_failure_threshold
         failure = type(error).__name__
         self._database = self._database.failed(time.time(), failure, threshold=threshold)
-        if self._database.opened_at is not None and not was_open:
+        if self._database.opened_at is not None:
             facts = {
                 "breaker": "database",
                 "failure": failure,
                 "failures": [dict(last) for last in self._database.last],
                 "retry_after_s": self._settings.db_reset_s,
+                "again": was_open,
             }
             self._tell_breaker(Event.BREAKER_OPENED, facts)
 
@@ -756,8 +763,25 @@ class Consumer:
         log.warning(event, extra={"session": self.session, **facts})
         if self._on_breaker is not None:
             self._on_breaker(event, facts)
-        with contextlib.suppress(RedisError):  # down: the supervisor has been told all the same
-            self._outbox.tell(event, facts)
+        self._show_breakers()
+        told = {name: value for name, value in facts.items() if name != "again"}
+        if not facts.get("again"):
+            with contextlib.suppress(RedisError):  # down: the supervisor has been told all the same
+                self._outbox.tell(event, told)
+
+    def _show_breakers(self) -> None:
+        if self._board is None:
+            return
+        message = self._breaker.as_dict()
+        if self._paused_until > time.time():
+            message |= {"paused_until": self._paused_until}
+        database = self._database.opened_at
+        until = None if database is None else database + self._settings.db_reset_s
+        found = {
+            "message": message,
+            "database": {} if until is None else {"until": until},
+        }
+        self._board.post({name: facts for name, facts in found.items() if facts})
 
     def _rested(self, rest_s: float) -> bool:
         """Wait, ticking; False when asked to stop."""
@@ -782,6 +806,7 @@ class Consumer:
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
             self._depth = self._outbox.survey()
+            self._show_breakers()
             with contextlib.suppress(StorageError):  # then what it said last holds
                 self._held_before = self._ask_held_before()
         if now - self._tidied_at >= _TIDY_S:

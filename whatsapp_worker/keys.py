@@ -54,6 +54,11 @@ def session_of_queue(queue: str) -> tuple[SessionId, bool] | None:
     return (SessionId(name), high) if _SESSION_ID.match(name) else None
 
 
+def breakers_key(session: str) -> str:
+    """The Redis hash that shows the breakers of a session."""
+    return f"wa:breakers:{session}"
+
+
 def maintenance_queue(host: str) -> str:
     """The RQ queue of a host's periodic jobs."""
     return f"wa:maintenance:{host}"

@@ -1,5 +1,5 @@
-"""The message breaker of one session: its count outlives the process, since each lost connection
-ends one, and every process can see it."""
+"""The message breaker of one session, and the pause that WhatsApp asked it for: both outlive the
+process, since each lost connection ends one."""
 
 import logging
 import time
@@ -13,6 +13,8 @@ from whatsapp_worker.breakers import Breaker, Phase
 from whatsapp_worker.event_names import Event
 
 log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 900.0
 
 Tell = Callable[[Event, Mapping[str, Any]], None]
 
@@ -34,7 +36,11 @@ class MessageBreaker:
         self._threshold = threshold
         self._reset_s = reset_s
         self._tell = tell
-        self._breaker = Breaker.read(self._read())
+        stored = self._read() or {}
+        self._breaker = Breaker.read(stored)
+        # A clock that was set back must not make it longer than any pause is.
+        self.paused_until = min(_number(stored, "paused_until"), time.time() + _LONGEST_PAUSE_S)
+        self._pause_s = max(_FIRST_PAUSE_S, min(_number(stored, "pause_s"), _LONGEST_PAUSE_S))
 
     def phase(self) -> Phase:
         return self._breaker.phase(time.time(), reset_s=self._reset_s)
@@ -64,17 +70,26 @@ class MessageBreaker:
 
     def succeeded(self) -> None:
         """A message was sent."""
-        if self._breaker.failures == 0:
+        if self._breaker.failures == 0 and self._pause_s == _FIRST_PAUSE_S:
             return
+        self._pause_s = _FIRST_PAUSE_S
         opened_at = self._breaker.opened_at
         self._breaker = self._breaker.succeeded()
         self._write()
         if opened_at is not None:
             self._tell(Event.BREAKER_CLOSED, {"breaker": "message", "opened_at": opened_at})
 
+    def pause(self) -> float:
+        """WhatsApp wants this number to send less: rest, longer each time; until when."""
+        self.paused_until = time.time() + self._pause_s
+        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+        self._write()
+        return self.paused_until
+
     def as_dict(self) -> dict[str, Any]:
-        """For those who look: phase, failures, until."""
-        return {"phase": self.phase(), "failures": self._breaker.failures, "until": self.until}
+        """For those who look; empty when it is closed and counts nothing."""
+        failures = self._breaker.failures
+        return {"failures": failures, "until": self.until} if failures else {}
 
     def _read(self) -> Mapping[str, Any] | None:
         try:
@@ -87,6 +102,12 @@ class MessageBreaker:
         if self._document is None:
             return
         try:
-            self._document.write(self._breaker.as_dict())
+            pause = {"paused_until": self.paused_until, "pause_s": self._pause_s}
+            self._document.write(self._breaker.as_dict() | pause)
         except StorageError as error:
             log.warning("breaker.not_saved", extra={"error": str(error)})
+
+
+def _number(stored: Mapping[str, Any], name: str) -> float:
+    value = stored.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
