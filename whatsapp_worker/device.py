@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LINKED_DEVICE_NAME = "whatsapp-worker"  # what the phone's list of linked devices shows
 
+_MAX_NUMBERS = 1000  # remembered; looking one up takes 0.2 ms
 _NUMBERS = re.compile(r"\d{6,}")
 _LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.DEBUG, "WARN": logging.WARNING}
 
@@ -150,6 +151,7 @@ class Device:
         self._jid = jid
         self._media = media
         self._mine: frozenset[str] = frozenset()  # our own number and hidden id
+        self._numbers: dict[str, str] = {}  # by hidden id
         self._client: Any = None
         self._jid_class: Any = None
         self._is_live = False
@@ -268,7 +270,35 @@ class Device:
             answer = self._client.send_message(self._parse_jid(recipient), message)
         except Exception as error:
             raise SendFailed(str(error)) from error
-        return SendAck(answer.ID, _wa_id(recipient), float(answer.Timestamp))
+        return SendAck(answer.ID, self._resolved(answer.Chat, recipient), float(answer.Timestamp))
+
+    def probe(self) -> None:
+        """Ask WhatsApp whether our own number exists: sends nothing, and a path that answers this
+        carries messages, too. Blocks for up to 75 s.
+
+        Raises:
+            SendFailed: No answer, or an error; neonize's text.
+        """
+        number = (self._jid or "").partition("@")[0].partition(":")[0]
+        try:
+            self._client.is_on_whatsapp(f"+{number}")
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+
+    def _resolved(self, chat: Any, recipient: str) -> str:
+        """The number that a message went to: WhatsApp knows some by another than was dialled
+        (Brazil's ninth digit), and answers with a hidden id that stands for it."""
+        if chat.Server == "s.whatsapp.net" and chat.User:
+            return str(chat.User)
+        if chat.Server != "lid" or not self.is_connected():  # neonize aborts without a live client
+            return _wa_id(recipient)
+        if chat.User not in self._numbers:
+            with contextlib.suppress(Exception):  # not known: what was asked for has to do
+                number = self._client.get_pn_from_lid(chat)
+                if len(self._numbers) >= _MAX_NUMBERS:
+                    self._numbers.clear()
+                self._numbers[chat.User] = str(number.User)
+        return self._numbers.get(chat.User) or _wa_id(recipient)
 
     def _mark_read(self, chat: str, read: Mapping[str, Any]) -> SendAck:
         from neonize.utils.enum import ReceiptType

@@ -26,6 +26,8 @@ from storage.errors import LedgerUnavailable, LockHeld, StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import child, device_store, facts, redis_client, redis_server
+from whatsapp_worker.breaker_board import BreakerBoard
+from whatsapp_worker.breakers import Breaker
 from whatsapp_worker.child import Departure, Leash
 from whatsapp_worker.consumer import Consumer
 from whatsapp_worker.consumer import Ending as Consumed
@@ -95,6 +97,7 @@ class DeviceProcess:
         self._device: Device | None = None
         self._consumer: Consumer | None = None
         self._writer: FactWriter | None = None
+        self._outage = Breaker()  # of the ledger's database, until it could be opened
         self._logged_in = threading.Event()
         self._news = threading.Event()  # logged in, or time to leave
         self._is_logout_wanted = False
@@ -170,7 +173,25 @@ class DeviceProcess:
 
     def _open_ledger(self) -> Ledger:
         where = self._settings.database_url or self._database.with_name("ledger.db")
-        return Ledger.open(where, self._session)
+        try:
+            return Ledger.open(where, self._session)
+        except LedgerUnavailable as error:
+            self._count_outage(type(error).__name__)
+            raise
+
+    def _count_outage(self, failure: str) -> None:
+        """Report a database that is down before there is a consumer, whose breaker would."""
+        was_open = self._outage.opened_at is not None
+        threshold = self._settings.db_failure_threshold
+        self._outage = self._outage.failed(time.time(), failure, threshold=threshold)
+        if self._outage.opened_at is not None and not was_open:
+            facts = {
+                "breaker": "database",
+                "failure": failure,
+                "failures": [dict(last) for last in self._outage.last],
+                "retry_after_s": RETRY_EVERY_S,
+            }
+            self._on_breaker(Event.BREAKER_OPENED, facts)
 
     def _make_consumer(self, device: Device, ledger: Ledger, redis: Redis) -> Consumer:
         outbox = Outbox(
@@ -188,13 +209,20 @@ class DeviceProcess:
             install_key=self._sessions.install_key(),
             settings=self._settings,
             on_sent=self._on_sent,
+            probe=device.probe,
             breaker_file=self._database.with_name("breaker.json"),
             on_breaker=self._on_breaker,
+            on_poisoned=self._on_poisoned,
+            board=BreakerBoard(redis, self._session),
             held_before=self._sessions.hold(self._session).before,
         )
 
     def _on_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:
         self._channel.send(report="failure", kind=event, **facts)
+        self._beat_soon()
+
+    def _on_poisoned(self, job_id: str, problem: str) -> None:
+        self._channel.send(report="failure", kind="job.poisoned", job_id=job_id, problem=problem)
 
     def _stream(self, redis: Redis) -> EventStream:
         return EventStream(redis, events_max=self._settings.events_max)
