@@ -1,14 +1,22 @@
-"""Keeps a queue for the number that it was filled for: one small document beside the records.
+"""What keeps a queue from being sent: one small document beside the records.
 
 When an id is used again after its deletion, or linked to another number, what was enqueued before
-that moment is held until an operator decides.
+that moment is held until an operator decides. An operator may also pause the whole queue.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from storage.documents import Document, Fields
 
 VERSION = 1
+
+
+class Standing(NamedTuple):
+    """What keeps a queue; unix seconds, None for what does not."""
+
+    held_before: float | None = None  # what was enqueued earlier is for another number
+    paused_at: float | None = None  # when an operator paused it
 
 
 class Hold:
@@ -18,10 +26,14 @@ class Hold:
     def __init__(self, folder: Path) -> None:
         self._document = Document(folder / "queue.json", version=VERSION, check=_check)
 
+    def read(self) -> Standing:
+        """What keeps the queue now."""
+        fields = self._document.read() or {}
+        return Standing(fields.get("held_before"), fields.get("paused_at"))
+
     def before(self) -> float | None:
         """Unix seconds: what was enqueued earlier is held; None when nothing is."""
-        found: float | None = (self._document.read() or {}).get("held_before")
-        return found
+        return self.read().held_before
 
     def put(self, now: float) -> None:
         """Hold what was enqueued until `now`."""
@@ -45,22 +57,34 @@ class Hold:
         self._document.update(change)
         return was[-1] not in (None, number_hash)
 
-    def release(self) -> bool:
-        """Send what is held; whether anything could have been."""
-        was_held = False
+    def pause(self, now: float) -> None:
+        """Send nothing until `release`; a second pause changes nothing."""
 
         def change(fields: Fields | None) -> Fields | None:
-            nonlocal was_held
-            was_held = (fields or {}).get("held_before") is not None
-            return {**(fields or {}), "held_before": None} if was_held else None
+            is_paused = (fields or {}).get("paused_at") is not None
+            return None if is_paused else {**(fields or {}), "paused_at": now}
 
         self._document.update(change)
-        return was_held
+
+    def release(self) -> bool:
+        """Send what is paused or held; whether anything could have been."""
+        kept_it = False
+
+        def change(fields: Fields | None) -> Fields | None:
+            nonlocal kept_it
+            names = ("held_before", "paused_at")
+            kept_it = any((fields or {}).get(name) is not None for name in names)
+            return {**(fields or {}), **dict.fromkeys(names)} if kept_it else None
+
+        self._document.update(change)
+        return kept_it
 
 
 def _check(fields: Fields) -> None:
-    before, number = fields.get("held_before"), fields.get("number_hash")
-    if before is not None and (isinstance(before, bool) or not isinstance(before, int | float)):
-        raise ValueError("held_before is no time")
+    for name in ("held_before", "paused_at"):
+        time = fields.get(name)
+        if time is not None and (isinstance(time, bool) or not isinstance(time, int | float)):
+            raise ValueError(f"{name} is no time")
+    number = fields.get("number_hash")
     if number is not None and not isinstance(number, str):
         raise ValueError("number_hash is no text")

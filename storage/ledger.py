@@ -262,6 +262,11 @@ class Ledger:
             found = self._database.run(_FIND_BY_FORMER_WA_ID, self._wa_key(wa_message_id))
         return _row(found)
 
+    def has_written_to(self, recipient_hash: str) -> bool:
+        """Whether a message to this recipient was sent, as far back as rows are kept."""
+        values = {"session": self.session, "recipient_hash": recipient_hash}
+        return bool(self._database.run(_WRITTEN_TO, values))
+
     def attempts(self, message_id: str) -> list[Attempt]:
         """The attempts before the present one, oldest first."""
         found = self._database.run(_ATTEMPTS, self._key(message_id))
@@ -635,6 +640,11 @@ _FIND_BY_FORMER_WA_ID = Statement(
     sa.select(messages).where(
         _MINE, _m.message_id.in_(sa.select(_a.message_id).where(_FORMER).scalar_subquery())
     )
+)
+_WRITTEN_TO = Statement(
+    sa.select(_m.status)
+    .where(_MINE, _m.recipient_hash == sa.bindparam("recipient_hash"), _m.sent_at.is_not(None))
+    .limit(1)
 )
 _SENDING = Statement(
     sa.select(messages)

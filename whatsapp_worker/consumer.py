@@ -28,6 +28,7 @@ import tenacity
 from redis.exceptions import RedisError
 
 from storage.errors import StorageError
+from storage.hold import Standing
 from storage.ledger import (
     Answer,
     Claim,
@@ -50,6 +51,7 @@ from whatsapp_worker.keys import message_secret, number_hash
 from whatsapp_worker.message import Outgoing
 from whatsapp_worker.message_breaker import MessageBreaker
 from whatsapp_worker.outbox import Finished, Outbox
+from whatsapp_worker.pacer import Pacer, pace_of
 from whatsapp_worker.rq_job import Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
 from whatsapp_worker.sender import Sender
@@ -64,8 +66,12 @@ _LOOK_S = 0.25  # between two looks at `stop` while a send is under way
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _TIDY_S = 60.0
+STOPPED_BY_OPERATOR = "an operator paused it: whatsapp-worker queue SESSION resume"
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
+_STANDING_S = 0.25  # an operator's pause is obeyed within a second
+_QUIET_WORDS = ("running", "idle")  # of `queue_state`: nobody waits to hear them
+_MAX_KNOWN_CONTACTS = 10_000
 
 
 class Send(Protocol):
@@ -143,7 +149,10 @@ class Consumer:
         on_breaker: Callable[[Event, Mapping[str, Any]], None] | None = None,
         on_poisoned: Callable[[str, str], None] = lambda job_id, problem: None,
         board: BreakerBoard | None = None,
-        held_before: Callable[[], float | None] = lambda: None,
+        standing: Callable[[], Standing] = Standing,
+        pace_file: Path | None = None,
+        show_typing: Callable[[str], object] | None = None,
+        on_rest: Callable[[], None] = lambda: None,
     ) -> None:
         """Reads the breaker's file; nothing else is touched yet.
 
@@ -164,7 +173,11 @@ class Consumer:
                 here, once a trip.
             on_poisoned: Told the id of each job that nobody could read, and what is wrong in it.
             board: Where other processes see the breakers.
-            held_before: `Hold.before`; asked once a second.
+            standing: `Hold.read`; asked several times a second.
+            pace_file: Where what was sent lately outlives this process; unused without a pace.
+            show_typing: `Device.show_typing`.
+            on_rest: Told, on the thread that runs `run`, that `queue_state` has another reason to
+                rest, or none any more.
         """
         self.session = session
         self.progressed_at = time.monotonic()  # of the last tick; a ticking wait is progress
@@ -179,8 +192,15 @@ class Consumer:
         self._probe = probe
         self._on_breaker = on_breaker
         self._on_poisoned = on_poisoned
-        self._ask_held_before = held_before
-        self._held_before: float | None = None
+        self._ask_standing = standing
+        self._standing = Standing()
+        self._on_rest = on_rest
+        self._rest_told = ""
+        pace = pace_of(settings)
+        self._pacer = Pacer(pace, pace_file) if pace else None
+        self._pacing_until = 0.0  # UTC seconds
+        self._known_contacts: set[str] = set()  # hashes of numbers that were written to
+        self._show_typing = show_typing
         self._is_held = False  # what is next was enqueued for another number
         self._sender: Sender[Any] = Sender()
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
@@ -201,7 +221,7 @@ class Consumer:
         )
         self._paused_until = self._breaker.paused_until  # UTC seconds
         self._depth = 0
-        self._looked_at = self._tidied_at = 0.0
+        self._looked_at = self._asked_at = self._tidied_at = 0.0
 
     # From other threads
 
@@ -229,12 +249,16 @@ class Consumer:
             return "database", "the ledger's database does not answer", None
         if self._trouble:
             return "paused", "Redis does not answer", None
+        if self._standing.paused_at is not None:
+            return "paused", STOPPED_BY_OPERATOR, None
         if self._breaker.phase() is Phase.OPEN:
             return "breaker", "sends failed again and again", self._breaker.until
         if self._paused_until > time.time():
             return "paused", recovery.PAUSED, self._paused_until
         if self._is_held:
             return "held", HELD, None
+        if self._pacing_until > time.time():
+            return "pacing", "its pace is limited (PACE_PER_MINUTE)", self._pacing_until
         is_busy = bool(self._depth) or not self.is_idle
         return "running" if is_busy else "idle", None, None
 
@@ -298,8 +322,9 @@ class Consumer:
     def _turn(self) -> None:
         """Bring one message from the queue to WhatsApp, or wait."""
         self._look_around()
-        if self._has_to_rest():
-            self._lie_down()
+        rest_s = self._rest_s()
+        if rest_s:
+            self._lie_down(rest_s)
             return
         job = self._outbox.next()
         self._is_held = self._is_held and job is not None
@@ -317,16 +342,42 @@ class Consumer:
         elif job.order is not None and (job.order.send_at or 0.0) > time.time():
             self._settle()
             self._outbox.defer(job, job.order.send_at or 0.0)
-        elif self._held_before is not None and job.enqueued_at < self._held_before:
+        elif job.enqueued_at < (self._standing.held_before or 0.0):
             self._is_held = True
-            self._lie_down()
+            self._lie_down(_IDLE_WAIT_S)
+        elif self._is_too_soon(job):
+            self._is_held = False
+            self._lie_down(self._rest_s())
         else:
             self._is_held = False
             self._deliver(job)
 
-    def _has_to_rest(self) -> bool:
-        """Whether nothing may be sent now."""
-        return self._paused_until > time.time() or self._breaker.phase() is Phase.OPEN
+    def _rest_s(self) -> float:
+        """How long to rest before the next look, since nothing may be sent now; 0 when it may."""
+        if self._standing.paused_at is not None or self._breaker.phase() is Phase.OPEN:
+            return _IDLE_WAIT_S
+        left_s = max(self._paused_until, self._pacing_until) - time.time()
+        return min(max(0.0, left_s), _IDLE_WAIT_S)
+
+    def _is_too_soon(self, job: Job) -> bool:
+        """Whether the session's pace says that this message waits."""
+        if self._pacer is None:
+            return False
+        is_new = not self._is_known(self._claim_of(job).recipient_hash)
+        self._pacing_until = self._pacer.due_at(is_new_contact=is_new)
+        return self._pacing_until > time.time()
+
+    def _is_known(self, contact: str) -> bool:
+        if contact in self._known_contacts:
+            return True
+        is_known = self._with_ledger(lambda: self._ledger.has_written_to(contact))
+        if is_known:
+            self._know(contact)
+        return is_known
+
+    def _know(self, contact: str) -> None:
+        if len(self._known_contacts) < _MAX_KNOWN_CONTACTS:
+            self._known_contacts.add(contact)
 
     def _ask_first(self) -> None:
         """A half-open breaker asks WhatsApp something that sends nothing, before it risks a
@@ -343,14 +394,14 @@ class Consumer:
             self._put_down()
             raise _Released
 
-    def _lie_down(self) -> None:
-        """Wait for a moment with every job at the head of its queue."""
+    def _lie_down(self, rest_s: float) -> None:
+        """Wait for so long with every job at the head of its queue."""
         self._settle()
         if self._finished:
             self._flush(pop=False)
         if self._outbox.is_holding:
             self._outbox.resync()
-        if not self._rested(_IDLE_WAIT_S):
+        if not self._rested(rest_s):
             raise _Stopping
 
     def _judge(self, job: Job) -> Finished | None:
@@ -396,6 +447,7 @@ class Consumer:
         self._ask_first()
         try:
             content = self._prepared(job)
+            self._type(job)
             late = self._judge(job)  # a download takes time
             if late is None:
                 self._attempt(job, content)
@@ -433,6 +485,19 @@ class Consumer:
             raise prepared if isinstance(prepared, MediaFailed) else MediaFailed(repr(prepared))
         found: Mapping[str, Any] = prepared
         return found
+
+    def _type(self, job: Job) -> None:
+        """Show for a while that a text is being typed, where a pace says so."""
+        order, typing_s, show = job.order, self._settings.pace_typing_s, self._show_typing
+        assert order is not None, "judged: it has no problem"
+        if self._pacer is None or show is None or not typing_s or order.content["type"] != "text":
+            return
+        self._settle()
+        self._flush(pop=False)
+        failure = self._call(lambda: show(order.recipient.jid) or True)
+        if isinstance(failure, Exception):
+            log.debug("message.typing_failed", extra={"error": repr(failure)})
+        self._sleep(typing_s)
 
     def _await_prepared(self) -> Any:
         """What the preparation came to; nothing is claimed, so it can be dropped at any time.
@@ -538,6 +603,8 @@ class Consumer:
         recipient = job.order.recipient.jid
         deadline = time.monotonic() + self._settings.send_timeout_s
         self._in_flight = True
+        if self._pacer is not None:
+            self._pacer.sending()
         self._sender.begin(lambda: self._send(recipient, content, claimed.secret))
         trouble = self._exchange(job)
         result = self._await_answer(deadline)
@@ -600,6 +667,8 @@ class Consumer:
     def _success(self, claim: Claim, ack: SendAck) -> Outcome:
         self.sent += 1
         self._breaker.succeeded()
+        if self._pacer is not None:
+            self._know(claim.recipient_hash)
         if self._on_sent is not None and ack.wa_message_id:
             self._on_sent(ack.wa_message_id, claim.message_id)
         return Outcome(
@@ -785,6 +854,7 @@ class Consumer:
 
     def _rested(self, rest_s: float) -> bool:
         """Wait, ticking; False when asked to stop."""
+        self._tell_rest()
         end = time.monotonic() + rest_s
         while not self._is_stopping():
             left = end - time.monotonic()
@@ -803,15 +873,25 @@ class Consumer:
     def _look_around(self) -> None:
         """What the loop does now and then."""
         now = time.monotonic()
+        if now - self._asked_at >= _STANDING_S:
+            self._asked_at = now
+            with contextlib.suppress(StorageError):  # then what it said last holds
+                self._standing = self._ask_standing()
+            self._tell_rest()
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
             self._depth = self._outbox.survey()
             self._show_breakers()
-            with contextlib.suppress(StorageError):  # then what it said last holds
-                self._held_before = self._ask_held_before()
         if now - self._tidied_at >= _TIDY_S:
             self._tidied_at = now
             self._outbox.tidy()
+
+    def _tell_rest(self) -> None:
+        word = self._resting()[0]
+        word = "" if word in _QUIET_WORDS else word
+        if word != self._rest_told:
+            self._rest_told = word
+            self._on_rest()
 
     def _secret(self, message_id: str, attempt: int) -> bytes:
         return message_secret(self._install_key, self.session, message_id, attempt)

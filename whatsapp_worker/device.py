@@ -300,6 +300,23 @@ class Device:
                 self._numbers[chat.User] = str(number.User)
         return self._numbers.get(chat.User) or _wa_id(recipient)
 
+    def show_typing(self, recipient: str) -> None:
+        """Show a person that something is being typed, until the message arrives.
+
+        Raises:
+            SendFailed: neonize's text; a message can be sent all the same.
+        """
+        from neonize.utils.enum import ChatPresence, ChatPresenceMedia
+
+        try:
+            self._client.send_chat_presence(
+                self._parse_jid(recipient),
+                ChatPresence.CHAT_PRESENCE_COMPOSING,
+                ChatPresenceMedia.CHAT_PRESENCE_MEDIA_TEXT,
+            )
+        except Exception as error:
+            raise SendFailed(str(error)) from error
+
     def _mark_read(self, chat: str, read: Mapping[str, Any]) -> SendAck:
         from neonize.utils.enum import ReceiptType
 

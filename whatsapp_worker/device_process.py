@@ -25,7 +25,7 @@ from redis import Redis, RedisError
 from storage.errors import LedgerUnavailable, LockHeld, StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
-from whatsapp_worker import child, device_store, facts, redis_client, redis_server
+from whatsapp_worker import child, device_store, facts, pacer, redis_client, redis_server
 from whatsapp_worker.breaker_board import BreakerBoard
 from whatsapp_worker.breakers import Breaker
 from whatsapp_worker.child import Departure, Leash
@@ -214,7 +214,10 @@ class DeviceProcess:
             on_breaker=self._on_breaker,
             on_poisoned=self._on_poisoned,
             board=BreakerBoard(redis, self._session),
-            held_before=self._sessions.hold(self._session).before,
+            standing=self._sessions.hold(self._session).read,
+            pace_file=self._database.with_name(pacer.FILE),
+            show_typing=device.show_typing,
+            on_rest=self._beat_soon,
         )
 
     def _on_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:

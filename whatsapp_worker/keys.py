@@ -12,6 +12,7 @@ SessionId = NewType("SessionId", str)
 EVENTS_STREAM = "wa:events"
 OUTBOUND_PREFIX = "wa:out:"
 HIGH_SUFFIX = ":high"
+CANCEL_REQUESTS = "wa:cancel"  # a list; each is answered in a list of its own
 LEDGER_GROUP = "ledger"  # the consumer group of the `events` process
 SEND_MESSAGE = "jobs.outbound.send_message"
 PURGE_SESSIONS = "jobs.purge.purge_sessions"

@@ -206,6 +206,41 @@ class Settings:
     send_retries: int = _count(
         "SEND_RETRIES", 3, "Retries of a send that certainly did not go out.", 0, 20
     )
+    pace_per_minute: float = _declare(
+        "PACE_PER_MINUTE",
+        0.0,
+        "",
+        "Messages a minute that each session sends on average; 0: as fast as WhatsApp takes them.",
+        _number(float, 0, 6000),
+    )
+    pace_jitter: float = _declare(
+        "PACE_JITTER",
+        0.5,
+        "",
+        "With a pace: share by which the gaps between messages are longer or shorter.",
+        _number(float, 0, 1),
+    )
+    pace_per_day: int = _count(
+        "PACE_PER_DAY",
+        1000,
+        "With a pace: most messages a session sends in a day (UTC); 0: no cap.",
+        0,
+        10_000_000,
+    )
+    pace_new_contact_factor: float = _declare(
+        "PACE_NEW_CONTACT_FACTOR",
+        3.0,
+        "",
+        "With a pace: how many times longer the gap before a contact never written to is.",
+        _number(float, 1, 1000),
+    )
+    pace_typing_s: float = _seconds(
+        "PACE_TYPING_S",
+        0.0,
+        "With a pace: how long a typing indicator is shown before each text; 0: none.",
+        0,
+        30,
+    )
     media_dir: Path | None = _declare(
         "MEDIA_DIR",
         None,

@@ -275,7 +275,7 @@ def test_what_was_enqueued_for_another_number_is_held_until_an_operator_decides(
     hold = Hold(tmp_path)
     enqueue_many(redis, 2)
     hold.put(time.time())
-    parts = Parts(url, tmp_path, options={"held_before": hold.before})
+    parts = Parts(url, tmp_path, options={"standing": hold.read})
     with Running(parts):
         state = eventually(lambda: _resting(parts, "held"))
         assert state["depth"] == 2
@@ -296,7 +296,7 @@ def test_what_is_enqueued_after_the_number_changed_is_sent(
     hold = Hold(tmp_path)
     hold.put(time.time())
     enqueue(redis, "m0")
-    with Running(Parts(url, tmp_path, options={"held_before": hold.before})):
+    with Running(Parts(url, tmp_path, options={"standing": hold.read})):
         eventually(lambda: settled(redis, "m0"))
     assert outcome(redis, "m0")["status"] == "sent"
 
