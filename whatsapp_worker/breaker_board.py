@@ -32,8 +32,8 @@ class BreakerBoard:
         """Say how the breakers are, if that is new.
 
         Args:
-            breakers: By name, each as JSON data with `until` (UTC seconds or None); one that is
-                closed and counts nothing is left out.
+            breakers: `message`, `database` and `pause`, each as JSON data with `until` (UTC seconds
+                or None) and `reason`; one that is closed and counts nothing is left out.
         """
         fields = {name: json.dumps(facts) for name, facts in breakers.items()}
         is_old = time.monotonic() - self._posted_at > _REFRESH_S

@@ -67,6 +67,8 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _TIDY_S = 60.0
 STOPPED_BY_OPERATOR = "an operator paused it: whatsapp-worker queue SESSION resume"
+DATABASE_AWAY = "the ledger's database does not answer"
+SENDS_FAILED = "sends failed again and again"
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
 _STANDING_S = 0.25  # an operator's pause is obeyed within a second
@@ -246,13 +248,13 @@ class Consumer:
 
     def _resting(self) -> tuple[str, str | None, float | None]:
         if self._trouble == "database":
-            return "database", "the ledger's database does not answer", None
+            return "database", DATABASE_AWAY, None
         if self._trouble:
             return "paused", "Redis does not answer", None
         if self._standing.paused_at is not None:
             return "paused", STOPPED_BY_OPERATOR, None
         if self._breaker.phase() is Phase.OPEN:
-            return "breaker", "sends failed again and again", self._breaker.until
+            return "breaker", SENDS_FAILED, self._breaker.until
         if self._paused_until > time.time():
             return "paused", recovery.PAUSED, self._paused_until
         if self._is_held:
@@ -689,7 +691,7 @@ class Consumer:
         log.warning("message.send_failed", extra={"session": self.session, "kind": kind})
         log.debug("message.send_error", extra={"session": self.session, "error": repr(error)})
         if kind.is_transport_fault:
-            self._breaker.failed(kind)
+            self._breaker.failed(kind.value)
         if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
             self._release(claim, recovery.NOT_CONNECTED)
         if kind in _ENDINGS:
@@ -841,16 +843,15 @@ class Consumer:
     def _show_breakers(self) -> None:
         if self._board is None:
             return
-        message = self._breaker.as_dict()
+        found: dict[str, Mapping[str, Any]] = {}
+        if facts := self._breaker.as_dict():
+            found["message"] = {**facts, "reason": SENDS_FAILED}
         if self._paused_until > time.time():
-            message |= {"paused_until": self._paused_until}
-        database = self._database.opened_at
-        until = None if database is None else database + self._settings.db_reset_s
-        found = {
-            "message": message,
-            "database": {} if until is None else {"until": until},
-        }
-        self._board.post({name: facts for name, facts in found.items() if facts})
+            found["pause"] = {"until": self._paused_until, "reason": recovery.PAUSED}
+        if self._database.opened_at is not None:
+            until = self._database.opened_at + self._settings.db_reset_s
+            found["database"] = {"until": until, "reason": DATABASE_AWAY}
+        self._board.post(found)
 
     def _rested(self, rest_s: float) -> bool:
         """Wait, ticking; False when asked to stop."""

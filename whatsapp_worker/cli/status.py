@@ -16,6 +16,8 @@ from whatsapp_worker.history import History
 from whatsapp_worker.session import State
 from whatsapp_worker.settings import Settings
 
+_Breakers = dict[str, dict[str, Any]]  # of one session, as `breaker_board.read` gives them
+
 WATCH_S = 1.0
 HISTORY_LINES = 15
 _NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
@@ -82,7 +84,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
     redis = hosts.check_redis(host)
     alive = supervisor.alive
     names = [session] if session else host.sessions.ids()
-    depths = _depths(host, names) if redis["ok"] else {}
+    depths, breakers = _queues(host, names) if redis["ok"] else ({}, {})
     return {
         "supervisor": {"alive": alive, "pid": supervisor.pid},
         "redis": redis,
@@ -91,16 +93,18 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "data_dir": str(host.settings.data_dir.absolute()),
         "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
-            _row(host, name, alive, depths.get(name))
+            _row(host, name, alive, depths.get(name), breakers.get(name, {}))
             | ({"history": _history(host, name)} if session else {})
             for name in names
         ],
     }
 
 
-def _depths(host: Host, names: list[str]) -> dict[str, int]:
-    """Jobs that wait or are in hand, by session; empty when Redis does not answer."""
+def _queues(host: Host, names: list[str]) -> tuple[dict[str, int], dict[str, _Breakers]]:
+    """Jobs that wait or are in hand, and breakers, by session; empty when Redis does not answer."""
     import redis
+
+    from whatsapp_worker import breaker_board
 
     try:
         with host.redis(timeout_s=2.0) as client, client.pipeline(transaction=False) as pipeline:
@@ -110,12 +114,25 @@ def _depths(host: Host, names: list[str]) -> dict[str, int]:
                     pipeline.llen(key)
                     pipeline.llen(f"{key}:intermediate")
             lengths = [int(length) for length in pipeline.execute()]
+            breakers = breaker_board.read(client, names)
     except (redis.RedisError, OSError):
-        return {}
-    return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}
+        return {}, {}
+    return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}, breakers
 
 
-def _row(host: Host, name: str, alive: bool, depth: int | None) -> dict[str, Any]:
+def _rests(breakers: _Breakers) -> dict[str, Any]:
+    """Why a queue rests, by what its device process last said in Redis; empty when it does not."""
+    now = time.time()
+    for name, state in (("database", "database"), ("message", "breaker"), ("pause", "paused")):
+        facts = breakers.get(name, {})
+        if (facts.get("until") or 0.0) > now:
+            return {"state": state, "reason": facts.get("reason"), "until": facts["until"]}
+    return {}
+
+
+def _row(
+    host: Host, name: str, alive: bool, depth: int | None, breakers: _Breakers
+) -> dict[str, Any]:
     """One session. Without a supervisor nothing is called connected."""
     try:
         wanted, state = host.sessions.wanted(name), host.sessions.state(name)
@@ -141,6 +158,8 @@ def _row(host: Host, name: str, alive: bool, depth: int | None) -> dict[str, Any
         return row | _without_supervisor(state)
     age = None if state.proof_of_life_at is None else time.time() - state.proof_of_life_at
     queue = dict(state.queue or {"state": "idle", "reason": None, "until": None})
+    if queue["state"] in ("idle", "running"):  # the record is seconds old
+        queue |= _rests(breakers)
     return row | {
         "pid": state.pid,
         "rss_mib": state.rss_mib,
