@@ -1,5 +1,5 @@
-# Each target sets itself up: make demo | run | test | lint | bench | soak | clean. PYTHON=... chooses the Python.
-.PHONY: demo run test lint bench soak setup clean
+# Each target sets itself up: make demo | run | test | lint | bench | soak | outage | clean. PYTHON=... chooses the Python.
+.PHONY: demo run test lint bench soak outage setup clean
 BIN = .venv/bin
 
 demo: setup ## The whole path without a phone; KEEP=1 leaves it running until Ctrl-C
@@ -22,6 +22,9 @@ bench: setup ## Speed and memory beside a raw neonize loop; about five minutes
 
 soak: setup ## Twenty sessions under random faults for twenty minutes
 	@$(BIN)/python tests/soak.py $(ARGS)
+
+outage: setup ## Thirty sessions cut off for three minutes; about six minutes
+	@$(BIN)/python tests/outage.py $(ARGS)
 
 setup:
 	@PYTHON="$(PYTHON)" scripts/setup.sh

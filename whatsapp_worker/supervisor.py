@@ -15,12 +15,14 @@ import os
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from storage.errors import LockHeld, StorageError
+from storage.ledger import Ledger
 from storage.locks import FileLock
 from storage.sessions import Sessions
 from whatsapp_worker import maintenance, process, reconnect, redis_client
@@ -28,7 +30,7 @@ from whatsapp_worker.alarm import Alarm
 from whatsapp_worker.alerts import FLUSH_S
 from whatsapp_worker.announcer import Announcer
 from whatsapp_worker.companions import Companion
-from whatsapp_worker.errors import AlreadyRunning
+from whatsapp_worker.errors import AlreadyRunning, CommandFailed
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.fork_helper import encode_settings
 from whatsapp_worker.forker import COMMAND, Forker, ForkerGone
@@ -74,7 +76,10 @@ def run(settings: Settings, *, also: Sequence[str] = ()) -> int:
         SandboxUnsafe: Sandbox mode in an environment that could reach WhatsApp.
         RedisUnavailable: No REDIS_URL, and no Redis server program is installed.
         StorageError: The data folder cannot be used.
+        CommandFailed: Not on Linux.
     """
+    if sys.platform != "linux":
+        raise CommandFailed("whatsapp-worker run needs Linux; see docs/running.md")
     settings = dataclasses.replace(settings, data_dir=settings.data_dir.absolute())
     if settings.network == "sandbox":
         from whatsapp_worker.sandbox import patch
@@ -153,6 +158,7 @@ class Supervisor:
             sessions=Sessions(settings.data_dir, max_tombstones=settings.max_tombstones),
             consumed=lambda: self._consumed,
             result_ttl_s=settings.result_ttl_s,
+            ledger_of=self._ledger_of,
             timetable=lambda: maintenance.enqueue_purge(redis, settings, now=time.time()),
             on_fill=self._alarm.stream_is,
             on_poisoned=self._alarm.job_poisoned,
@@ -162,6 +168,10 @@ class Supervisor:
     def _url(self) -> str:
         assert self.settings.redis_url is not None
         return self.settings.redis_url
+
+    def _ledger_of(self, session: str) -> Ledger:
+        folder = self.settings.data_dir / "sessions" / session
+        return Ledger.open(self.settings.database_url or folder / "ledger.db", session)
 
     def _stream(self) -> EventStream:
         return EventStream(redis_client.connect(self._url), events_max=self.settings.events_max)
@@ -387,7 +397,8 @@ class Supervisor:
         session = self._managed.get(id)
         if wanted is None:
             if session is not None and not session.is_gone:
-                log.warning("session.vanished", extra={"session": id})
+                if session.wanted.run != "delete":  # else it is our own doing
+                    log.warning("session.vanished", extra={"session": id})
                 self._drop(session, now)
         elif session is None or session.wanted.created_at != wanted.created_at:
             if session is not None:

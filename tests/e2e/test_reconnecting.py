@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from world import World, eventually
+
+from storage.sessions import Sessions
 
 # What is done to each session of the story, all at the same moment.
 FATES: dict[str, dict[str, Any]] = {
@@ -260,3 +264,75 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
     finally:
         world.close()
         print(world.logs())
+
+
+def test_ten_quick_losses_are_flapping_and_end_in_a_cool_down(tmp_path: Path) -> None:
+    world = World(tmp_path, FAILED_COOLDOWN_S="4", RECONNECT_WAITS_S="0.1,0.1,0.1")
+    try:
+        phone = world.start().link("sales")
+        for _ in range(9):
+            _lose(world, phone)
+            world.await_state("sales", "connected")
+        _lose(world, phone)
+        state = world.await_state("sales", "failed")
+        assert state["reason"] == "flapping" and "again and again" in state["sentence"]
+        dials = len(world.control.connections(phone))
+        failed_at = time.time()
+        world.await_state("sales", "connected")
+        assert time.time() - failed_at > 3
+        assert len(world.control.connections(phone)) == dials + 1
+    finally:
+        world.close()
+        print(world.logs())
+
+
+def _lose(world: World, phone: str) -> None:
+    """Cut the connection; returns when the supervisor knows."""
+    since = world.state("sales")["since"]
+    world.control.drop(phone)
+    eventually(lambda: world.state("sales")["since"] != since, what="the loss is seen")
+
+
+def test_two_clients_with_the_same_credentials_never_fight(tmp_path: Path) -> None:
+    world = World(tmp_path, FAILED_COOLDOWN_S="1")
+    try:
+        phone = world.start().link("sales")
+        since = _last_seq(world)
+        _run_copy(world, "sales", "twin")
+        time.sleep(WATCHED_REPLACED_S)
+        states = {name: world.state(name) for name in ("sales", "twin")}
+        replaced = [name for name, state in states.items() if state["state"] == "replaced"]
+        connected = [name for name, state in states.items() if state["state"] == "connected"]
+        assert (replaced, connected) == (["sales"], ["twin"])
+        assert "Stop the other one" in states["sales"]["sentence"]
+        assert states["sales"]["pid"] is None
+        told = [
+            json.loads(fields[b"payload"])["state"]
+            for _, fields in world.redis.xrange("wa:events")
+            if fields[b"event"] == b"session.state_changed"
+        ]
+        assert told.count("replaced") == 1
+        dials = world.control.connections(since=since)
+        assert [dial["phone"] for dial in dials] == [phone], "the twin's one login, and no answer"
+        [device] = world.control.devices(phone)
+        assert device["online"]
+    finally:
+        world.close()
+        print(world.logs())
+
+
+WATCHED_REPLACED_S = 10.0
+
+
+def _run_copy(world: World, session: str, twin: str) -> None:
+    """Run the same credentials under another name, as a restored backup would."""
+    sessions = Sessions(world.data)
+    sessions.create(twin, network="sandbox", now=time.time())
+    folder, copy = sessions.folder(session), sessions.folder(twin)
+    with (
+        closing(sqlite3.connect(folder / "device.db")) as source,
+        closing(sqlite3.connect(copy / "device.db")) as target,
+    ):
+        source.backup(target)
+    done = world.run("start", twin, "--json")
+    assert json.loads(done.stdout)["state"] == "connected", done.stderr

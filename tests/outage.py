@@ -1,0 +1,153 @@
+"""`make outage`: WhatsApp cannot be reached for three minutes; thirty sessions must come back.
+
+The sandbox resets every connection and every dial for three minutes, with the real waits of 3, 6
+and 12 s. Counted at the sandbox: who dialled, when, and how long until all were connected again.
+Exit code 1 when that was not as promised. Loopback only; ends by itself after about six minutes.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from world import World, eventually
+
+from whatsapp_worker.reconnect import CANARY_EVERY_S, DIALS_AT_ONCE
+from whatsapp_worker.settings import Settings
+
+RECOVERY_S = 30.0
+OWN_S = 1.0  # whatsmeow's own dial follows its loss within
+ATTEMPTS = len(Settings.reconnect_waits_s)
+
+
+def main() -> int:
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--minutes", type=float, default=3.0)
+    words.add_argument("--sessions", type=int, default=30)
+    args = words.parse_args()
+    with tempfile.TemporaryDirectory(prefix="wa-outage-") as folder:
+        world = World(Path(folder))
+        for name in ("RECONNECT_WAITS_S", "RECONNECT_JITTER_S", "FAILED_COOLDOWN_S"):
+            del world.environ[name]  # the real ones
+        try:
+            world.start()
+            return Outage(world, args.sessions, args.minutes * 60).run()
+        except BaseException:
+            print(world.logs(), file=sys.stderr)
+            raise
+        finally:
+            world.close()
+
+
+class Outage:
+    """One run."""
+
+    def __init__(self, world: World, sessions: int, seconds: float) -> None:
+        self.world = world
+        self.sessions = [f"s{n}" for n in range(sessions)]
+        self.seconds = seconds
+        self.problems: list[str] = []
+
+    def run(self) -> int:
+        """Link, cut off, reconnect, print the table; the exit code."""
+        for name in self.sessions:
+            self.world.link(name)
+        print(f"{len(self.sessions)} sessions are connected; the outage begins", flush=True)
+        self.world.control.refuse()
+        self.world.control.drop()
+        began_at = time.time()
+        jobs = [
+            self.world.enqueue(name, "5521988880001", f"waits {name}", "m1")
+            for name in self.sessions
+        ]
+        time.sleep(self.seconds)
+        ended_at = time.time()
+        self.world.control.remove_fault()
+        print("the outage ends", flush=True)
+        for name in self.sessions:
+            self.world.await_state(name, "connected", within_s=2 * RECOVERY_S)
+        outcomes = self.world.await_outcomes(jobs, within_s=60)
+        self._judge(began_at, ended_at, Counter(outcome["status"] for outcome in outcomes))
+        for problem in self.problems:
+            print(f"NOT AS PROMISED: {problem}", file=sys.stderr)
+        return 1 if self.problems else 0
+
+    def _judge(self, began_at: float, ended_at: float, outcomes: Counter[str]) -> None:
+        count = len(self.sessions)
+        attempts = [row for row in self.world.control.connections() if row["at"] >= began_at]
+        dials = [row["at"] for row in attempts if row["at"] < ended_at]
+        own = [at for at in dials if at < began_at + OWN_S]
+        logins = self._connected_at(ended_at)
+        series_s = sum(Settings.reconnect_waits_s) + (ATTEMPTS + 1) * 1.0
+        canaries = [at for at in dials if at > began_at + series_s]
+        series = len(dials) - len(own) - len(canaries)
+        gaps = [b - a for a, b in itertools.pairwise(canaries)]
+        at_once = self._most_at_once(ended_at)
+        line("sessions", count)
+        line("outage, s", f"{ended_at - began_at:.0f}")
+        line("dials by whatsmeow itself, at the loss", len(own))
+        line(f"dials of the {ATTEMPTS} attempts, and the first canary", series)
+        line("dials of later canaries", len(canaries))
+        line("shortest time between two of those, s", f"{min(gaps, default=0):.1f}")
+        line("most dials within one second, after the first", _densest(dials[len(own) :], 1.0))
+        line("end of the outage to the first login, s", f"{min(logins) - ended_at:.1f}")
+        line("end of the outage to all connected, s", f"{max(logins) - ended_at:.1f}")
+        line("most dialling at once then", at_once)
+        line("dials then", len(attempts) - len(dials))
+        line("messages that waited, and were sent", f"{outcomes['sent']} of {count}")
+        self._expect(max(logins) - ended_at <= RECOVERY_S, f"all connected in {RECOVERY_S:g} s")
+        self._expect(at_once <= DIALS_AT_ONCE, f"at most {DIALS_AT_ONCE} dial at once")
+        self._expect(len(own) <= count, "one dial of whatsmeow's own each")
+        self._expect(series <= ATTEMPTS * count + 1, "three attempts each, and a canary")
+        self._expect(
+            len(canaries) <= self.seconds / CANARY_EVERY_S + 1, "one canary every 10 seconds"
+        )
+        self._expect(len(attempts) - len(dials) <= count + 1, "one dial each after the outage")
+        self._expect(outcomes["sent"] == count, "what waited was sent")
+
+    def _expect(self, is_so: bool, promise: str) -> None:
+        if not is_so:
+            self.problems.append(promise)
+
+    def _connected_at(self, since: float) -> list[float]:
+        return [
+            next(e["at"] for e in self._changes(name, since) if e["state"] == "connected")
+            for name in self.sessions
+        ]
+
+    def _most_at_once(self, since: float) -> int:
+        """Sessions that were on their way from the dial to the login, at the worst moment."""
+        steps: list[tuple[float, int]] = []
+        for name in self.sessions:
+            for event in self._changes(name, since):
+                steps += [(event["at"], 1)] if event["state"] == "connecting" else []
+                steps += [(event["at"], -1)] if event["previous"] == "connecting" else []
+        return max(itertools.accumulate(change for _, change in sorted(steps)), default=0)
+
+    def _changes(self, name: str, since: float) -> list[dict[str, Any]]:
+        path = self.world.data / "sessions" / name / "history.jsonl"
+        events = eventually(lambda: [json.loads(line) for line in path.open()])
+        return [
+            event
+            for event in events
+            if event["event"] == "session.state_changed" and event["at"] >= since
+        ]
+
+
+def _densest(times: list[float], within_s: float) -> int:
+    return max((sum(at <= other < at + within_s for other in times) for at in times), default=0)
+
+
+def line(what: str, value: Any) -> None:
+    print(f"{what:<48}{value:>12}")
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main())
