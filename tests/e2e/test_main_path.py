@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
+import sqlite3
 import zlib
 
 import psutil
@@ -11,7 +12,8 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from world import World, eventually
+from support import eventually
+from world import World
 
 CONTACT = "5521988880001"
 
@@ -35,6 +37,17 @@ def test_a_message_is_sent_delivered_and_read(world: World):
 
 
 _EMPTY = zlib.compress(b"")
+
+
+def test_wa_id_is_the_number_behind_a_hidden_id(world: World):
+    world.link("sales")
+    world.await_outcomes([world.enqueue("sales", CONTACT, "by number", "m1")])
+    with sqlite3.connect(world.data / "sessions" / "sales" / "device.db") as store:
+        [(lid,)] = store.execute(
+            "SELECT lid FROM whatsmeow_lid_map WHERE pn = ?", [CONTACT]
+        ).fetchall()
+    jobs = [world.enqueue("sales", f"{lid}@lid", "by hidden id", f"m{n}") for n in (2, 3)]
+    assert [o["wa_id"] for o in world.await_outcomes(jobs)] == [CONTACT, CONTACT]
 
 
 def test_two_sessions_each_send_their_own_messages(world: World):
