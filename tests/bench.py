@@ -22,7 +22,8 @@ import psutil
 from raw_client import RawClient
 from rq import Queue
 from rq.serializers import JSONSerializer
-from world import World, eventually
+from support import eventually
+from world import World
 
 CONTACT = "552198888{:04d}"
 

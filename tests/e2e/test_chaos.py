@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from world import World, eventually
+from support import eventually
+from world import World
 
 CONTACT = "5521988880001"
 MESSAGES = 200
