@@ -57,13 +57,16 @@ class Tombstones:
         stone = Tombstone(id, number_hash, why, now)
 
         def change(fields: Fields | None) -> Fields | None:
-            stones = _stones(fields)
-            if id in stones:
-                return None
-            stones[id] = stone
-            return _fields(list(stones.values())[-self._limit :])
+            nonlocal stone
+            entries = _entries(fields)
+            for entry in entries:
+                if entry["id"] == id:
+                    stone = Tombstone.read(entry)
+                    return None
+            return {"tombstones": [*entries, dataclasses.asdict(stone)][-self._limit :]}
 
-        return self._change(change).get(id, stone)
+        self._change(change)
+        return stone
 
     def remove(self, id: str) -> bool:
         """Forget a deletion because the id was created again on purpose; whether there was one."""
@@ -71,9 +74,10 @@ class Tombstones:
 
         def change(fields: Fields | None) -> Fields | None:
             nonlocal was_there
-            stones = _stones(fields)
-            was_there = stones.pop(id, None) is not None
-            return _fields(list(stones.values())) if was_there else None
+            entries = _entries(fields)
+            others = [entry for entry in entries if entry["id"] != id]
+            was_there = len(others) < len(entries)
+            return {"tombstones": others} if was_there else None
 
         self._change(change)
         return was_there
@@ -94,15 +98,15 @@ class Tombstones:
         """Remove what a killed writer left behind."""
         self._document.clean()
 
-    def _change(self, change: Callable[[Fields | None], Fields | None]) -> dict[str, Tombstone]:
+    def _change(self, change: Callable[[Fields | None], Fields | None]) -> None:
         try:
-            return _stones(self._document.update(change))
+            self._document.update(change)
         except DocumentBroken as error:
             # Starting afresh forgets deletions that are long finished; one under way is also
             # written in the session's own record. Refusing would stop every session.
             log.error("tombstones.lost", extra={"problem": str(error)})
-            self._document.write(_fields([]))
-            return _stones(self._document.update(change))
+            self._document.write({"tombstones": []})
+            self._document.update(change)
 
     def _read(self) -> dict[str, Tombstone]:
         signature = self._signature()
@@ -124,13 +128,12 @@ class Tombstones:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def _entries(fields: Fields | None) -> list[Fields]:
+    return list(fields["tombstones"]) if fields else []
+
+
 def _stones(fields: Fields | None) -> dict[str, Tombstone]:
-    found = fields["tombstones"] if fields else []
-    return {stone.id: stone for stone in map(Tombstone.read, found)}
-
-
-def _fields(stones: list[Tombstone]) -> Fields:
-    return {"tombstones": [dataclasses.asdict(stone) for stone in stones]}
+    return {stone.id: stone for stone in map(Tombstone.read, _entries(fields))}
 
 
 def _check(fields: Fields) -> None:
