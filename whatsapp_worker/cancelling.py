@@ -1,18 +1,21 @@
-"""Cancels a message that still waits. Its ledger row decides who was first, we or its consumer."""
+"""Ends messages that still wait. The ledger row decides who was first, we or their consumer."""
 
 import time
+from collections.abc import Mapping, Sequence, Set
 
 from storage.ledger import Claim, Ledger, Settlement
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import number_hash
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.recovery import outcome
-from whatsapp_worker.rq_job import Outcome
+from whatsapp_worker.rq_job import Job, Outcome
+
+CANCELLED = "it was cancelled"
 
 
 def cancel(
-    message_id: str, *, outbox: Outbox, ledger: Ledger, install_key: bytes
-) -> Outcome | None:
+    message_ids: Set[str], *, outbox: Outbox, ledger: Ledger, install_key: bytes
+) -> Mapping[str, Outcome | None]:
     """Cancel by message id; from any process, whether the session runs or not.
 
     Args:
@@ -21,26 +24,65 @@ def cancel(
         install_key: `Sessions.install_key()`.
 
     Returns:
-        What became of the message: `cancelled` when it was in time, else the outcome that it has,
+        What became of each: `cancelled` when it was in time, else the outcome that it has,
         `sending` while that is open. None when no such message waits or was ever sent.
 
     Raises:
         RedisError, StorageError: As their calls do; call it again.
     """
-    job = outbox.find(message_id)
-    if job is None or job.order is None:
-        row = ledger.find(message_id)
-        return None if row is None else outcome(row)
+    jobs = list(outbox.find(message_ids).values())
+    end(jobs, Status.CANCELLED, CANCELLED, outbox=outbox, ledger=ledger, install_key=install_key)
+    rows = {id: ledger.find(id) for id in message_ids}
+    return {id: None if row is None else outcome(row) for id, row in rows.items()}
+
+
+def end(
+    jobs: Sequence[Job],
+    status: Status,
+    error: str,
+    *,
+    outbox: Outbox,
+    ledger: Ledger,
+    install_key: bytes,
+) -> list[Outcome]:
+    """End waiting jobs with this word, in one commit; those in hand are left to their consumer.
+
+    A message that the ledger knows as sent or unknown keeps that outcome, and a job that could
+    never be sent fails for its own reason.
+
+    Returns:
+        What became of those that were ended.
+    """
+    orders = [job for job in jobs if job.order is not None and not job.is_settled]
     now = time.time()
-    claim = Claim(
-        message_id=message_id,
+    claims = {job.id: _claim(job, install_key, now) for job in orders}
+    words = [
+        (claims[job.id], Settlement(claims[job.id].message_id, status, error=error, at=now))
+        for job in orders
+    ]
+    rows = dict(zip(claims, ledger.record(words), strict=True)) if words else {}
+    ended = []
+    for job in jobs:
+        row = rows.get(job.id)
+        if job.is_settled and job.outcome is not None:  # a second entry of the same job
+            ended.append(Finished(job, job.outcome))
+        elif row is None:
+            problem = f"{type(job.problem).__name__}: {job.problem}"
+            ended.append(Finished(job, Outcome(Status.FAILED, error=problem)))
+        elif row.content_hash != claims[job.id].content_hash:  # its id was used for another
+            ended.append(Finished(job, Outcome(status, error=error)))
+        elif row.status != Status.SENDING:
+            ended.append(Finished(job, outcome(row), row.attempt))
+    outbox.withdraw(ended)
+    return [item.outcome for item in ended]
+
+
+def _claim(job: Job, install_key: bytes, now: float) -> Claim:
+    assert job.order is not None, "chosen for it"
+    return Claim(
+        message_id=job.order.message_id,
         content_hash=job.order.content_hash,
         job_id=job.id,
         recipient_hash=number_hash(install_key, job.order.recipient.user),
         now=now,
     )
-    word = Settlement(message_id, Status.CANCELLED, error="it was cancelled", at=now)
-    [row] = ledger.record([(claim, word)])
-    if row.status == Status.CANCELLED and row.job_id == job.id:
-        outbox.withdraw(Finished(job, outcome(row), row.attempt))
-    return outcome(row)

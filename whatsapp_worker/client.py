@@ -23,9 +23,16 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from whatsapp_worker.errors import CommandTimeout, WorkerError
+from whatsapp_worker.errors import CommandTimeout, LedgerUnavailable, WorkerError
 from whatsapp_worker.event_names import Status
-from whatsapp_worker.keys import EVENTS_STREAM, SEND_MESSAGE, SessionId, outbound_queue
+from whatsapp_worker.keys import (
+    CANCEL_REQUESTS,
+    EVENTS_STREAM,
+    SEND_MESSAGE,
+    SessionId,
+    outbound_queue,
+    session_id,
+)
 from whatsapp_worker.message import validate
 from whatsapp_worker.rq_job import Outcome
 
@@ -366,6 +373,33 @@ class Outbox:
     send_revoke = _sender(revoke)
     mark_read = _sender(mark_read)
 
+    def cancel(self, session: str, message_id: str, *, timeout_s: float = 10.0) -> Outcome | None:
+        """Cancel a message that still waits. The worker's supervisor does it and answers.
+
+        Returns:
+            What became of the message: `cancelled` when it was in time, else the outcome that it
+            has, `sending` while that is open. None when no such message waits or was ever sent.
+
+        Raises:
+            UsageError: It is no session id.
+            CommandTimeout: No supervisor answered within `timeout_s` seconds; the text says
+                whether the message may be cancelled all the same (transient: call it again).
+            LedgerUnavailable: The worker's database did not answer (transient).
+        """
+        id = uuid.uuid4().hex
+        request = json.dumps(
+            {"id": id, "session": session_id(session), "message_id": message_id}
+        ).encode()
+        self._redis.rpush(CANCEL_REQUESTS, request)
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            found: Any = self._redis.blpop([f"{CANCEL_REQUESTS}:{id}"], timeout=min(left_s, 1.0))
+            if found:
+                return _answer(json.loads(found[1]))
+        if self._redis.lrem(CANCEL_REQUESTS, 1, request):  # type: ignore[arg-type]
+            raise CommandTimeout("no supervisor answered: nothing was cancelled")
+        raise CommandTimeout("the supervisor has not answered: it may be cancelled or not")
+
     def outcome(self, job: Job | str) -> Outcome:
         """What became of a job so far: `queued`, `sending`, or how it ended.
 
@@ -512,6 +546,14 @@ def _outcome(id: str, status: bytes | None, meta: bytes | None) -> Outcome:
         return Outcome(Status.CANCELLED if cancelled else Status.FAILED)
     is_started = status.decode() == JobStatus.STARTED
     return Outcome(Status.SENDING if is_started else Status.QUEUED)
+
+
+def _answer(answer: Fields) -> Outcome | None:
+    """What the supervisor says to a request to cancel."""
+    if "error" in answer:
+        raise LedgerUnavailable(answer["error"])
+    found = answer["outcome"]
+    return found and Outcome(**{**found, "status": Status(found["status"])})
 
 
 def _has_ended(outcome: Outcome) -> bool:

@@ -5,6 +5,7 @@ A thread of the supervisor, since Redis may be slow or down. It never sends.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Set
 
 from redis import Redis, RedisError
@@ -12,14 +13,17 @@ from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
 
 from storage.errors import StorageError
+from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import outbox
 from whatsapp_worker.keys import OUTBOUND_PREFIX, session_of_queue
 from whatsapp_worker.stream import EventStream
+from whatsapp_worker.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 2.0
+REQUESTS_S = 0.25  # between two looks for requests to cancel
 JOBS_A_SWEEP = 2000
 TRIM_EVERY = 5  # sweeps: a full stream is told of before it drops anything
 
@@ -35,6 +39,7 @@ class Keeper:
         sessions: Sessions,
         consumed: Callable[[], Set[str]],
         result_ttl_s: float,
+        ledger_of: Callable[[str], Ledger],
         timetable: Callable[[], object] = lambda: None,
         on_fill: Callable[[float, str | None], None] = lambda full, slowest_group: None,
         on_poisoned: Callable[[str, str, str], None] = lambda session, job_id, problem: None,
@@ -45,6 +50,7 @@ class Keeper:
             sessions: An instance of its own.
             consumed: The sessions that have a device process now; their queues are left alone.
             result_ttl_s: `RESULT_TTL_S`.
+            ledger_of: Opens a session's ledger.
             timetable: Enqueues what is due by the clock; asked at every sweep.
             on_fill: Told now and then how full the stream is: `Alarm.stream_is`.
             on_poisoned: Told of jobs that nobody can read: `Alarm.job_poisoned`.
@@ -55,6 +61,13 @@ class Keeper:
         self._consumed = consumed
         self._result_ttl_s = result_ttl_s
         self._timetable = timetable
+        self._waiting = Waiting(
+            redis=redis,
+            stream=stream,
+            sessions=sessions,
+            ledger_of=ledger_of,
+            result_ttl_s=result_ttl_s,
+        )
         self._on_fill = on_fill
         self._on_poisoned = on_poisoned
         self._leave = threading.Event()
@@ -71,8 +84,13 @@ class Keeper:
 
     def _run(self) -> None:
         sweeps, was_down = 0, False
-        while not self._leave.wait(SWEEP_S):
+        sweep_at = time.monotonic() + SWEEP_S
+        while not self._leave.wait(REQUESTS_S):
             try:
+                self.answer_requests()
+                if time.monotonic() < sweep_at:
+                    continue
+                sweep_at = time.monotonic() + SWEEP_S
                 self.sweep()
                 self._timetable()
                 if sweeps % TRIM_EVERY == 0:
@@ -87,17 +105,38 @@ class Keeper:
                 log.exception("keeper.sweep_failed")
 
     def sweep(self) -> int:
-        """Fail the jobs that no session will ever send; how many.
+        """End the jobs that no session will ever send; how many were failed for that.
 
         Raises:
             RedisError: Redis did not answer (transient).
         """
-        left = JOBS_A_SWEEP
+        failed = 0
+        alive: set[str] = set()
         for queue in self._waiting_queues():
             error = self._verdict(queue)
-            if error and left > 0 and not self._leave.is_set():
-                left -= self._fail(queue, error, left)
-        return JOBS_A_SWEEP - left
+            if error is None:
+                alive.add(_session(queue))
+            elif failed < JOBS_A_SWEEP and not self._leave.is_set():
+                failed += self._fail(queue, error, JOBS_A_SWEEP - failed)
+        self._tend(alive, JOBS_A_SWEEP - failed)
+        return failed
+
+    def _tend(self, sessions: Set[str], left: int) -> None:
+        """End what is expired or cancelled, within the sweep's measure."""
+        for session in sorted(sessions):
+            if self._leave.is_set() or left <= 0:
+                break
+            try:
+                is_consumed = session in self._consumed()
+                left -= self._waiting.tend(session, is_consumed=is_consumed, limit=left)
+            except StorageError as error:
+                log.warning("queue.not_tended", extra={"session": session, "problem": str(error)})
+                if error.transient:  # a database that is away takes its time to say so
+                    break
+
+    def answer_requests(self) -> int:
+        """Cancel what CRMs asked to be cancelled. Raises as `sweep` does."""
+        return self._waiting.answer_requests()
 
     def trim(self) -> None:
         """Trim the stream and tell how full it is. Raises as `sweep` does."""
@@ -126,8 +165,8 @@ class Keeper:
         names = [name for name in names if name.startswith(OUTBOUND_PREFIX)]
         pipeline = self._redis.pipeline(transaction=False)
         for name in names:
-            laid_aside = f"{RQ_KEY_PREFIX}:scheduled:{name}"
-            pipeline.exists(f"{prefix}{name}", f"{prefix}{name}:intermediate", laid_aside)
+            others = [f"{RQ_KEY_PREFIX}:{kind}:{name}" for kind in ("scheduled", "canceled")]
+            pipeline.exists(f"{prefix}{name}", f"{prefix}{name}:intermediate", *others)
         return [name for name, there in zip(names, pipeline.execute(), strict=True) if there]
 
     def _verdict(self, queue: str) -> str | None:

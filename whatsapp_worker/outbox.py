@@ -20,7 +20,7 @@ import select
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 _BLOCK_S = 0.5  # of one BLMOVE: bounds how long leaving takes
 _LATE_S = 5.0  # after which an answer to it does not come any more
 _BATCH = 1000
+_PAGE = 200  # jobs that are read whole in one round trip
 
 # Scripts: one command and one answer, where MULTI takes a dozen and costs a millisecond of Python.
 # The fields of a job that RQ reads, and how long the limbo list is; a hash too large to be ours is
@@ -156,6 +157,10 @@ class _Lane:
     @property
     def scheduled(self) -> str:
         return f"{RQ_KEY_PREFIX}:scheduled:{self.name}"
+
+    @property
+    def cancelled(self) -> str:
+        return f"{RQ_KEY_PREFIX}:canceled:{self.name}"
 
     @property
     def expected(self) -> int:
@@ -310,16 +315,19 @@ class Outbox:
         meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
         self._wire.send(("HSET", _job_key(job.id), "meta", meta))
 
-    def withdraw(self, item: Finished) -> None:
-        """Finish a job that `find` found; for others than its consumer.
+    def withdraw(self, items: Sequence[Finished]) -> None:
+        """Finish jobs that `waiting` and its like found; for others than their consumer.
 
-        Its entry goes last: a process killed before leaves one that is dropped as settled.
+        The entries go last: a process killed before leaves some that are dropped as settled.
         """
-        lane = self._lane_of(item.job)
-        self._wire.ask(self._finish_command(item))
+        if items:
+            self._wire.ask(*(self._finish_command(item) for item in items))
         pipeline = self._redis.pipeline(transaction=True)
-        pipeline.lrem(lane.queue, 1, item.job.raw_id)
-        pipeline.zrem(lane.scheduled, item.job.raw_id)
+        for item in items:
+            lane = self._lane_of(item.job)
+            pipeline.lrem(lane.queue, 1, item.job.raw_id)
+            for registry in (lane.scheduled, lane.cancelled):
+                pipeline.zrem(registry, item.job.raw_id)
         pipeline.execute()
 
     def _finish_command(self, item: Finished) -> Command:
@@ -359,7 +367,10 @@ class Outbox:
         )
 
     def _lane_of(self, job: Job) -> _Lane:
-        return next(lane for lane in self._lanes if lane.name == job.queue)
+        return self._lane(job.queue)
+
+    def _lane(self, queue: str) -> _Lane:
+        return next(lane for lane in self._lanes if lane.name == queue)
 
     # Later
 
@@ -403,23 +414,85 @@ class Outbox:
                 pipeline.lpush(lane.queue, raw_id)
         pipeline.execute()
 
-    def find(self, message_id: str) -> Job | None:
-        """The first job of this message that is not settled. Reads all that waits, id by id."""
-        for lane in self._lanes:
-            for raw_id in self._ids(lane):
-                job = self._job(lane, self._load(lane, raw_id))
-                if job.message_id == message_id and job.order is not None:
-                    return job
-        return None
+    # Waiting jobs, for others than their consumer
 
-    def _ids(self, lane: _Lane) -> Iterator[bytes]:
+    @property
+    def queues(self) -> list[str]:
+        """RQ's names, the first to be taken first."""
+        return [lane.name for lane in self._lanes]
+
+    def find(self, message_ids: Set[str]) -> dict[str, Job]:
+        """The first job of each of these messages that is not settled. Reads all that waits."""
+        found: dict[str, Job] = {}
+        for lane in self._lanes:
+            for ids in self._pages(lane):
+                for job in self._load_all(lane, ids):
+                    if job.order is not None and job.order.message_id in message_ids:
+                        found.setdefault(job.order.message_id, job)
+                if len(found) == len(message_ids):
+                    return found
+        return found
+
+    def _pages(self, lane: _Lane) -> Iterator[Sequence[bytes]]:
         start = 0
-        while ids := self._redis.lrange(lane.queue, start, start + _BATCH - 1):
-            yield from ids
+        while ids := self._redis.lrange(lane.queue, start, start + _PAGE - 1):
+            yield ids
             start += len(ids)
-        yield from self._redis.zrange(lane.scheduled, 0, -1)
+        later = self._redis.zrange(lane.scheduled, 0, -1)
+        yield from (later[n : n + _PAGE] for n in range(0, len(later), _PAGE))
         # Last: what was popped meanwhile is found here.
-        yield from self._redis.lrange(lane.limbo, 0, _BATCH - 1)
+        yield self._redis.lrange(lane.limbo, 0, _PAGE - 1)
+
+    def places(self, queue: str, *places: int) -> list[bytes | None]:
+        """The ids at these places of a queue, 0 the head; None where there is none."""
+        key = f"{RQ_KEY_PREFIX}:queue:{queue}"
+        found = self._wire.ask(*(("LINDEX", key, place) for place in places))
+        return [None if place < 0 else id for place, id in zip(places, found, strict=True)]
+
+    def page(self, queue: str, start: int, count: int = _PAGE) -> list[Job]:
+        """The jobs that wait on a queue from this place on; what is in hand is not among them."""
+        lane = self._lane(queue)
+        return self._load_all(lane, self._redis.lrange(lane.queue, start, start + count - 1))
+
+    def later(self, queue: str, start: int, count: int = _PAGE) -> list[Job]:
+        """The jobs that wait for their `send_at`, the earliest first."""
+        lane = self._lane(queue)
+        return self._load_all(lane, self._redis.zrange(lane.scheduled, start, start + count - 1))
+
+    def load(self, queue: str, raw_ids: Sequence[bytes]) -> list[Job]:
+        """These jobs, wherever they are now."""
+        return self._load_all(self._lane(queue), raw_ids)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By RQ name, how many jobs wait (`queued`), are in hand, and wait for later."""
+        commands: list[Command] = []
+        for lane in self._lanes:
+            commands += [("LLEN", lane.queue), ("LLEN", lane.limbo), ("ZCARD", lane.scheduled)]
+        answers = self._wire.ask(*commands)
+        names = ("queued", "in_hand", "later")
+        return {
+            lane.name: dict(zip(names, answers[3 * n : 3 * n + 3], strict=True))
+            for n, lane in enumerate(self._lanes)
+        }
+
+    def cancelled(self) -> list[Job]:
+        """Some of the jobs that RQ's own `cancel` took from their queue, to be withdrawn."""
+        jobs: list[Job] = []
+        for lane in self._lanes:
+            ids = self._redis.zrange(lane.cancelled, 0, _PAGE - 1)
+            found = self._load_all(lane, ids)
+            gone = [job.raw_id for job in found if not job.is_cancelled]
+            if gone:  # expired, or put back on the queue by its CRM
+                self._redis.zrem(lane.cancelled, *gone)
+            jobs += [job for job in found if job.is_cancelled]
+        return jobs
+
+    def _load_all(self, lane: _Lane, raw_ids: Sequence[bytes]) -> list[Job]:
+        if not raw_ids:
+            return []
+        key = _job_key("")
+        found = self._wire.ask(*(("EVAL", _LOAD, 1, lane.limbo, key, id) for id in raw_ids))
+        return [self._job(lane, answer) for answer in found]
 
     # Putting in order
 

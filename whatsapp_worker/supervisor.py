@@ -345,6 +345,9 @@ class Supervisor:
             with self._contained(session):
                 session.hear(now)  # its last word may still lie in the channel
         self._pass_on(run)
+        if words := run.last_words():
+            facts = {"session": run.session, "kind": run.kind, "traceback": words}
+            log.warning("process.crashed", extra=facts)
         self._forget(run)
         if session is not None and session.process is run:
             code = None if status is None else os.waitstatus_to_exitcode(status)
@@ -478,6 +481,7 @@ class Supervisor:
         if self._helper is None or not self._helper.is_ready or self._signals:
             return None
         self._runs += 1
+        output = process.output_file()
         channel, theirs = socket_pair()
         request = {
             "run": self._runs,
@@ -487,14 +491,15 @@ class Supervisor:
             "args": dict(arguments),
         }
         try:
-            self._helper.fork(request, theirs.fileno())
+            self._helper.fork(request, theirs.fileno(), output)
         except ForkerGone as error:
             log.warning("fork_helper.not_asked", extra={"problem": str(error)})
             channel.close()
+            os.close(output)
             return None
         finally:
             theirs.close()
-        run = SessionProcess(self._runs, kind, session, channel, time.monotonic())
+        run = SessionProcess(self._runs, kind, session, channel, time.monotonic(), output=output)
         self._processes[run.run] = run
         self._selector.register(channel, selectors.EVENT_READ)
         self._count_consumed()

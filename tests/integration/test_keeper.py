@@ -10,6 +10,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from support import RedisServer, eventually
 
+from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.stream import EventStream
@@ -36,6 +37,7 @@ def keeper_of(redis: Redis, sessions: Sessions, *consumed: str) -> Keeper:
         sessions=sessions,
         consumed=lambda: frozenset(consumed),
         result_ttl_s=600,
+        ledger_of=lambda session: Ledger.open(sessions.folder(session) / "ledger.db", session),
     )
 
 

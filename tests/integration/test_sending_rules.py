@@ -377,7 +377,7 @@ def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
     parts = Parts(url, tmp_path)
 
     def try_cancel(id: str) -> str | None:
-        found = cancel(id, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)
+        found = cancel({id}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)[id]
         return found and found.status
 
     assert try_cancel("m3") == "cancelled"
@@ -404,7 +404,7 @@ def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
     other = Parts(url, tmp_path)
     with Running(Parts(url, tmp_path, device=FakeDevice(tmp_path, takes_s=0.001))) as running:
         for id in reversed(ids):
-            cancel(id, outbox=other.outbox, ledger=other.ledger, install_key=KEY)
+            cancel({id}, outbox=other.outbox, ledger=other.ledger, install_key=KEY)
         eventually(lambda: settled(redis, *ids))
         received = running.parts.device.received()
     for id in ids:

@@ -86,7 +86,8 @@ def cancel_message(options: Options, settings: Settings) -> int:
         assert ledger is not None
         outbox = Outbox(redis, options.session, stream=stream, result_ttl_s=settings.result_ttl_s)
         key = host.sessions.install_key()
-        outcome = cancelling.cancel(options.message, outbox=outbox, ledger=ledger, install_key=key)
+        found = cancelling.cancel({options.message}, outbox=outbox, ledger=ledger, install_key=key)
+    outcome = found[options.message]
     if outcome is None:
         raise CommandFailed(f"session {options.session} has no message {options.message!r:.210}")
     _tell(options, outcome)

@@ -1,0 +1,252 @@
+"""What waits in vain ends within seconds, whether anybody consumes the queue or not."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from support import eventually
+
+from storage.errors import LedgerUnavailable
+from storage.ledger import Claim, Ledger
+from storage.sessions import Sessions
+from whatsapp_worker import client
+from whatsapp_worker.client import Outbox
+from whatsapp_worker.errors import CommandTimeout, UsageError
+from whatsapp_worker.errors import LedgerUnavailable as Unanswered
+from whatsapp_worker.keeper import Keeper
+from whatsapp_worker.message import validate
+from whatsapp_worker.stream import EventStream
+
+TO = "+5511999990001"
+
+
+class Host:
+    """A data folder with one session, and the keeper of its queues."""
+
+    def __init__(self, redis: Redis, folder: Path) -> None:
+        self.redis = redis
+        self.consumed: set[str] = set()
+        self.sessions = Sessions(folder)
+        self.sessions.prepare()
+        self.sessions.create("sales", network="sandbox", now=1.0)
+        self.out = Outbox(redis)
+        self.keeper = Keeper(
+            redis=redis,
+            stream=EventStream(redis),
+            sessions=self.sessions,
+            consumed=lambda: self.consumed,
+            result_ttl_s=600,
+            ledger_of=self.ledger,
+        )
+
+    def ledger(self, session: str = "sales") -> Ledger:
+        return Ledger.open(self.sessions.folder(session) / "ledger.db", session)
+
+    def send(self, message_id: str, **options: Any) -> Job:
+        draft = client.text(TO, f"text of {message_id}", message_id=message_id, **options)
+        return self.out.send("sales", draft)
+
+    def status(self, job: Job) -> str:
+        return str(self.out.outcome(job).status)
+
+    def in_hand(self, job: Job, message_id: str) -> None:
+        """As if a device process had claimed it."""
+        content_hash = validate(job.kwargs).content_hash
+        claim = Claim(message_id, content_hash, job.id, "r", time.time())
+        with contextlib.closing(self.ledger()) as ledger:
+            ledger.claim(claim, secret=lambda attempt: b"s" * 32)
+
+    def row(self, message_id: str) -> str | None:
+        with contextlib.closing(self.ledger()) as ledger:
+            row = ledger.find(message_id)
+        return row and row.status
+
+    def events(self) -> list[str]:
+        return [fields[b"event"].decode() for _, fields in self.redis.xrange("wa:events")]
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Requests are answered meanwhile."""
+        done = threading.Event()
+
+        def run() -> None:
+            while not done.wait(0.02):
+                self.keeper.answer_requests()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield
+        done.set()
+        thread.join(5)
+
+
+@pytest.fixture
+def host(redis: Redis, tmp_path: Path) -> Host:
+    return Host(redis, tmp_path)
+
+
+def test_expired_messages_of_a_queue_that_nobody_consumes_end(host: Host) -> None:
+    kept = host.send("m0")
+    late = host.send("m1", expires_at=time.time() - 1)
+    short = host.send("m2", ttl_s=0.2, priority="high")
+    host.keeper.sweep()
+    assert [host.status(job) for job in (kept, late, short)] == ["queued", "expired", "queued"]
+    eventually(lambda: (host.keeper.sweep(), host.status(short) == "expired")[1], within_s=5)
+    assert host.row("m1") == host.row("m2") == "expired"
+    assert late.get_status() == "failed"
+    assert b"text of" not in (host.redis.hget(f"rq:job:{late.id}", "data") or b"")
+    assert host.events() == ["message.expired"] * 2
+    assert host.redis.llen("rq:queue:wa:out:sales") == 1
+    assert host.redis.llen("rq:queue:wa:out:sales:high") == 0
+
+
+def test_each_waiting_job_is_read_once_and_new_ones_are_found(host: Host) -> None:
+    jobs = [host.send(f"m{n}", ttl_s=1000 + n) for n in range(30)]
+    waiting = host.keeper._waiting
+    assert waiting.tend("sales", is_consumed=False, limit=20) == 20
+    assert waiting.tend("sales", is_consumed=False, limit=20) == 10
+    assert waiting.tend("sales", is_consumed=False, limit=20) == 0
+    late = host.send("late", expires_at=time.time() - 1)
+    assert waiting.tend("sales", is_consumed=False, limit=20) == 2  # one read, one ended
+    assert host.status(late) == "expired"
+    host.redis.lrem("rq:queue:wa:out:sales", 1, jobs[3].id)  # places moved: all is read anew
+    also_late = host.send("also-late", expires_at=time.time() - 1)
+    host.keeper.sweep()
+    assert host.status(also_late) == "expired"
+
+
+def test_a_queue_that_is_consumed_is_its_consumers_unless_an_operator_paused_it(
+    host: Host,
+) -> None:
+    host.consumed = {"sales"}
+    late = host.send("m1", expires_at=time.time() - 1)
+    host.keeper.sweep()
+    assert host.status(late) == "queued"
+    host.sessions.hold("sales").pause(time.time())
+    host.keeper.sweep()
+    assert host.status(late) == "expired"
+
+
+def test_due_messages_are_moved_in_where_nobody_consumes(host: Host) -> None:
+    queue = Queue("wa:out:sales", connection=host.redis, serializer=JSONSerializer)
+    kwargs = client.text(TO, "Hi", message_id="m1").kwargs("sales")
+    at = datetime.now(UTC) + timedelta(seconds=2)
+    queue.enqueue_at(at, "jobs.outbound.send_message", description="send_message", kwargs=kwargs)
+    host.keeper.sweep()
+    assert queue.count == 0
+    eventually(lambda: (host.keeper.sweep(), queue.count == 1)[1], within_s=5)
+
+
+def test_what_rqs_own_cancel_took_out_is_cancelled_for_everybody(host: Host) -> None:
+    job = host.send("m1")
+    job.cancel()
+    host.consumed = {"sales"}
+    host.keeper.sweep()
+    assert host.status(job) == host.row("m1") == "cancelled"
+    assert host.events() == ["message.cancelled"]
+    assert not host.redis.exists("rq:canceled:wa:out:sales")
+    assert host.keeper.sweep() == 0
+
+
+def test_a_message_in_hand_is_not_called_expired(host: Host) -> None:
+    job = host.send("m1", expires_at=time.time() - 1)
+    host.in_hand(job, "m1")
+    host.keeper.sweep()
+    assert (host.row("m1"), host.status(job)) == ("sending", "queued")
+
+
+def test_a_ledger_that_is_away_costs_nothing_and_is_asked_again(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = host.send("m1", expires_at=time.time() - 1)
+
+    def away(self: Ledger, *args: Any, **kwargs: Any) -> Any:
+        raise LedgerUnavailable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "record", away)
+        host.keeper.sweep()
+    assert host.status(late) == "queued"
+    host.keeper.sweep()
+    assert host.status(late) == "expired"
+
+
+def test_a_crm_cancels_by_message_id_and_is_told_what_became_of_it(host: Host) -> None:
+    jobs = [host.send(f"m{n}") for n in range(3)]
+    with host.answering():
+        assert host.out.cancel("sales", "m1").status == "cancelled"  # type: ignore[union-attr]
+        assert host.out.cancel("sales", "m1").status == "cancelled"  # type: ignore[union-attr]
+        assert host.out.cancel("sales", "unheard-of") is None
+        assert host.out.cancel("nobody", "m0") is None
+    assert [host.status(job) for job in jobs] == ["queued", "cancelled", "queued"]
+    assert host.redis.keys("wa:cancel*") == []
+
+
+def test_a_crm_that_is_too_late_is_told_so(host: Host) -> None:
+    job = host.send("m1")
+    host.in_hand(job, "m1")
+    with host.answering():
+        assert host.out.cancel("sales", "m1").status == "sending"  # type: ignore[union-attr]
+    assert host.status(job) == "queued"
+
+
+def test_a_request_that_nobody_answers_is_taken_back(host: Host) -> None:
+    with pytest.raises(CommandTimeout, match="nothing was cancelled"):
+        host.out.cancel("sales", "m1", timeout_s=0.3)
+    assert host.redis.llen("wa:cancel") == 0
+    with pytest.raises(UsageError):
+        host.out.cancel("No Session", "m1")
+
+
+def test_a_database_that_is_away_is_said_to_the_crm(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.send("m1")
+
+    def away(self: Ledger, *args: Any, **kwargs: Any) -> Any:
+        raise LedgerUnavailable("away")
+
+    monkeypatch.setattr(Ledger, "record", away)
+    with host.answering(), pytest.raises(Unanswered, match="away"):
+        host.out.cancel("sales", "m1")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"{", b"[]", b"1", b"\xff", b'{"id":1,"session":"sales"}'),
+        b'{"id":"a b","session":"sales","message_id":"m"}',
+        b'{"id":"a","session":"No","message_id":"m"}',
+    ],
+)
+def test_a_request_that_is_none_is_dropped(host: Host, raw: bytes) -> None:
+    host.redis.rpush("wa:cancel", raw)
+    assert host.keeper.answer_requests() == 1
+    assert host.keeper.answer_requests() == 0
+
+
+def test_many_requests_are_answered_in_one_reading(host: Host) -> None:
+    host.out.send_many("sales", [client.text(TO, "x", message_id=f"m{n}") for n in range(600)])
+    found: list[str] = []
+    with host.answering():
+        threads = [
+            threading.Thread(
+                target=lambda n=n: found.append(host.out.cancel("sales", f"m{n}").status)  # type: ignore
+            )
+            for n in range(0, 600, 30)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert found == ["cancelled"] * 20
+    assert host.redis.llen("rq:queue:wa:out:sales") == 580
