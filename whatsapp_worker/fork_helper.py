@@ -1,10 +1,11 @@
 """A small process that has imported everything but neonize, and forks the device processes.
 
 `python -m whatsapp_worker.fork_helper FD`, started by the supervisor with one end of a Unix socket
-pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS); one
-answer a packet. It stays single-threaded, so that a fork is safe, and never loads neonize, since
-a forked Go runtime hangs. At the end of its socket it exits; its children go on, since each hangs
-on its own channel, and the supervisor adopts them.
+pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS) and,
+where wanted, a file for the stderr of its native libraries; one answer a packet. It stays
+single-threaded, so that a fork is safe, and never loads neonize, since a forked Go runtime hangs.
+At the end of its socket it exits; its children go on, since each hangs on its own channel, and the
+supervisor adopts them.
 
     request  {"run": id, "kind": "device" or "pairing", "session", "settings": {}, "args": {}}
     answers  {"forked": id, "pid": n}    {"failed": id, "problem": "..."}
@@ -23,7 +24,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,14 @@ class ForkHelper:
 
     def _serve(self) -> bool:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET, 1)
+            data, descriptors, _, _ = socket.recv_fds(self._sock, PACKET, 2)
         except ConnectionResetError:  # it died with an answer of ours unread
             return False
         if not data:
             return False
         request = json.loads(data)
         try:
-            pid = self._fork(request, descriptors[0])
+            pid = self._fork(request, descriptors)
         except OSError as error:
             self._say(failed=request["run"], problem=str(error))
         else:
@@ -126,15 +127,15 @@ class ForkHelper:
                 os.close(descriptor)
         return True
 
-    def _fork(self, request: dict[str, Any], descriptor: int) -> int:
+    def _fork(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            self._become(request, descriptor)
+            self._become(request, *descriptors)
         return pid
 
-    def _become(self, request: dict[str, Any], descriptor: int) -> None:
+    def _become(self, request: dict[str, Any], descriptor: int, output: int | None = None) -> None:
         """In the child: shed what is the helper's, and run; never returns."""
         code = Exit.CRASHED
         try:
@@ -145,6 +146,9 @@ class ForkHelper:
             self._sock.close()
             for fd in self._wake:
                 os.close(fd)
+            if output is not None:
+                telemetry.leave_stderr_to_libraries(output)
+                os.close(output)
             main = self._children[request["kind"]]
             settings = decode_settings(request["settings"])
             channel = Channel(socket.socket(fileno=descriptor))

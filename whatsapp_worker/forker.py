@@ -55,14 +55,15 @@ class Forker:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def fork(self, request: dict[str, Any], descriptor: int) -> None:
-        """Ask for a child that gets this descriptor; the answer comes through `hear`.
+    def fork(self, request: dict[str, Any], *descriptors: int) -> None:
+        """Ask for a child that gets these descriptors: its channel, and the stderr of its native
+        libraries, which without one is ours. The answer comes through `hear`.
 
         Raises:
             ForkerGone: It is dead or does not read (transient).
         """
         try:
-            socket.send_fds(self._sock, [json.dumps(request).encode()], [descriptor])
+            socket.send_fds(self._sock, [json.dumps(request).encode()], descriptors)
         except OSError as error:
             raise ForkerGone(str(error)) from error
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,14 @@ from typing import IO
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+
+# How a crash begins that no Python handler sees: Go's, Python's own, C++'s.
+_CRASH = re.compile(
+    rb"^(panic: |fatal error: |SIG[A-Z]+: |Fatal Python error: |terminate called)", re.MULTILINE
+)
+_CRASH_LINES = 40
+_CRASH_BYTES = 4000
+_OUTPUT_MAX = 1 << 20
 
 
 def _prctl(option: int, argument: int | bytes) -> bool:
@@ -31,6 +41,29 @@ def adopt_orphans() -> bool:
 def set_name(name: str) -> bool:
     """Name this process (15 bytes are kept) as `ps -o comm` and `top` show it."""
     return _prctl(_PR_SET_NAME, name.encode()[:15] + b"\0")
+
+
+def output_file() -> int:
+    """A file in memory to be the stderr of a child's native libraries; gone with its last user."""
+    descriptor = os.memfd_create("stderr")
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    return descriptor
+
+
+def keep_small(descriptor: int) -> None:
+    """Empty an output file that has grown beyond a MiB."""
+    if os.fstat(descriptor).st_size > _OUTPUT_MAX:
+        os.ftruncate(descriptor, 0)
+
+
+def last_words(descriptor: int) -> str:
+    """How the crash began that an output file tells of; empty when it tells of none."""
+    text = os.pread(descriptor, 2 * _OUTPUT_MAX, 0)
+    crash = _CRASH.search(text)
+    if crash is None:
+        return ""
+    words = text[crash.start() :][:_CRASH_BYTES].decode(errors="replace")
+    return "\n".join(words.splitlines()[:_CRASH_LINES])
 
 
 def start_bound(

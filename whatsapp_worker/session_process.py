@@ -2,19 +2,21 @@
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
 from dataclasses import dataclass, field
 from typing import Any
 
-from whatsapp_worker import endings
+from whatsapp_worker import endings, process
 from whatsapp_worker.endings import Ending, EndingKind
 from whatsapp_worker.reports import Channel, ChannelGarbage
 from whatsapp_worker.session import Reason
 
 GRACE_S = 2.0  # from SIGTERM to SIGKILL
 UNREAPED_S = 1.0  # what the fork helper gets to tell of a death
+_NUMBERS = re.compile(r"(?<![0-9a-fx])\d{6,}")  # not within an address
 UNKNOWN_EXIT = 1  # of a process whose exit status nobody could read
 
 # What a process says of these is true whatever else was asked of it meanwhile.
@@ -35,6 +37,7 @@ class SessionProcess:
     pid: int | None = None
     request: str | None = None  # the link request that a pairing process serves
     is_canary: bool = False
+    output: int | None = None  # the file with what its native libraries wrote
     was_forced: bool = False  # it was asked to drain and had to be killed
     is_orphan: bool = False  # its fork helper is gone; the supervisor reaps it
     heard_at: float = 0.0
@@ -86,6 +89,8 @@ class SessionProcess:
                 self.login_at = now
             case "heartbeat":
                 self.heartbeat = report
+                if self.output is not None:
+                    process.keep_small(self.output)
             case "failure":
                 self.failures.append(report)
             case "leaving":
@@ -173,9 +178,16 @@ class SessionProcess:
             return self.said
         return self._verdict or endings.of_exit(code, self.said)
 
+    def last_words(self) -> str:
+        """How the crash of its native libraries began, without phone numbers; else empty."""
+        return "" if self.output is None else _NUMBERS.sub("...", process.last_words(self.output))
+
     def close(self) -> None:
         """Let go of what belongs to it, once it is reaped."""
         self.channel.close()
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from io import TextIOWrapper
+from io import FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,19 @@ def set_up(settings: Settings, *, quiet: bool = False) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
+
+
+def leave_stderr_to_libraries(descriptor: int) -> None:
+    """From now on descriptor 2 is `descriptor`; what Python itself says goes where it went."""
+    before = sys.stderr
+    ours = FileIO(os.dup(2), "w")
+    sys.stderr = TextIOWrapper(
+        ours, encoding="utf-8", errors="backslashreplace", write_through=True
+    )
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(sys.stderr)
+    os.dup2(descriptor, 2)
 
 
 def bind(**facts: Any) -> None:

@@ -171,6 +171,8 @@ def test_what_heals_by_itself_is_connected_again(story: Story, name: str) -> Non
 def test_a_crash_is_told_as_a_crash_and_costs_no_other_session(story: Story) -> None:
     assert ("reconnecting", "process-crashed") in story.states["crashed"]
     assert "process-crashed" not in {reason for _, reason in story.states["dropped"]}
+    said = story.world.run("logs", "crashed", "--errors").stdout
+    assert "process.crashed" in said and "\npanic: " in said
 
 
 def test_whom_the_server_takes_back_gets_its_queue_done(story: Story) -> None:
