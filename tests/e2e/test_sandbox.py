@@ -484,3 +484,13 @@ def _shake_hands(sock: ssl.SSLSocket, payload: bytes) -> noise.Cipher:
     data = finish.SerializeToString()
     sock.sendall(_frame(len(data).to_bytes(3, "big") + data))
     return noise.Cipher(noise._expand(client._salt, b"")[0])
+
+
+def test_ending_a_connection_again_and_again_is_no_trouble(
+    sandbox: Sandbox, client: RawClient
+) -> None:
+    with sandbox.comes_back(PHONE):
+        for _ in range(20):
+            sandbox.control.drop(PHONE, "close")
+            sandbox.control.drop(PHONE, "reset")
+            sandbox.control.stream_error(PHONE, "503")

@@ -126,21 +126,28 @@ class Connection(asyncio.Protocol):
 
     def close(self, why: str) -> None:
         """End it as a server does on purpose."""
-        if self._transport is None:
+        transport = self._let_go()
+        if transport is None:
             return
         self.attempt.end(why)
         if self._writer is not None:
-            self._transport.write(websocket.frame(b"\x03\xe8", websocket.CLOSE))
-        self._transport.close()
+            transport.write(websocket.frame(b"\x03\xe8", websocket.CLOSE))
+        transport.close()
 
     def reset(self, why: str) -> None:
         """End it as a broken network does: TCP reset."""
-        if self._transport is None:
+        transport = self._let_go()
+        if transport is None:
             return
         self.attempt.end(why)
         if self._socket is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
-        self._transport.abort()
+        transport.abort()
+
+    def _let_go(self) -> asyncio.Transport | None:
+        """The transport, to be ended; asyncio's is not to be touched again after its end."""
+        transport, self._transport = self._transport, None
+        return transport
 
     def stall(self, on: bool) -> None:
         """Begin or end silence; what is held back is exchanged when it ends."""
@@ -171,8 +178,8 @@ class Connection(asyncio.Protocol):
 
     def _abort(self, why: str) -> None:
         self.attempt.end(why)
-        if self._transport is not None:
-            self._transport.abort()
+        if (transport := self._let_go()) is not None:
+            transport.abort()
 
     def _limit_handshake(self) -> None:
         if self._writer is None and not self._is_stalled:
@@ -308,8 +315,8 @@ class Connection(asyncio.Protocol):
         return True
 
     def _abort_politely(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+        if (transport := self._let_go()) is not None:
+            transport.close()
 
     def _write_frame(self, frame: bytes) -> None:
         if self._transport is not None:
