@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,12 +236,17 @@ def test_a_job_that_nobody_can_read_alerts(host: tuple[World, Ingest]) -> None:
     assert world.limbo("poison") == {"queue": 0, "intermediate": 0, "started": 0}
 
 
-def test_only_the_supervisor_and_the_maintenance_process_load_the_sentry_sdk(
-    host: tuple[World, Ingest],
+def test_device_processes_and_hosts_without_a_dsn_do_not_load_the_sentry_sdk(
+    tmp_path: Path,
 ) -> None:
-    world, _ = host
-    assert world.supervisor is not None
-    world.link("light")
-    pid = world.state("light")["pid"]
-    assert "sentry" not in Path(f"/proc/{pid}/maps").read_text()
-    assert (world.data / "alerts.json").exists()
+    script = """if True:
+        import pathlib, sys
+        import whatsapp_worker.fork_helper, whatsapp_worker.device_process
+        import whatsapp_worker.pairing, whatsapp_worker.supervisor
+        from whatsapp_worker import warmup
+        from whatsapp_worker.alerts import Alerts
+        memory = pathlib.Path(sys.argv[1]) / "alerts.json"
+        Alerts(None, host="h", memory=memory, repeat_s=1.0, release="0")
+        sys.exit("sentry_sdk" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
