@@ -66,12 +66,12 @@ _LOOK_S = 0.25  # between two looks at `stop` while a send is under way
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _TIDY_S = 60.0
-STOPPED_BY_OPERATOR = "an operator paused it: whatsapp-worker queue SESSION resume"
 DATABASE_AWAY = "the ledger's database does not answer"
 SENDS_FAILED = "sends failed again and again"
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
 _STANDING_S = 0.25  # an operator's pause is obeyed within a second
+_RESUME = "whatsapp-worker queue {} resume"
 _QUIET_WORDS = ("running", "idle")  # of `queue_state`: nobody waits to hear them
 _MAX_KNOWN_CONTACTS = 10_000
 
@@ -252,7 +252,7 @@ class Consumer:
         if self._trouble:
             return "paused", "Redis does not answer", None
         if self._standing.paused_at is not None:
-            return "paused", STOPPED_BY_OPERATOR, None
+            return "paused", f"an operator paused it: {_RESUME.format(self.session)}", None
         if self._breaker.phase() is Phase.OPEN:
             return "breaker", SENDS_FAILED, self._breaker.until
         if self._paused_until > time.time():

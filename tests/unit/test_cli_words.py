@@ -11,7 +11,7 @@ from whatsapp_worker.cli import arguments, main
 
 COMMANDS = ["run", "events", "sandbox", "demo", "link", "status", "start", "stop", "restart"]
 COMMANDS += ["logout", "delete", "send", "messages", "settings", "health", "logs"]
-COMMANDS += ["maintenance", "purge", "doctor", "session"]
+COMMANDS += ["maintenance", "purge", "doctor", "session", "queue"]
 
 
 def test_help_names_every_command_exit_code_and_the_main_variables(capsys):
@@ -35,6 +35,7 @@ def test_every_command_explains_itself(command, capsys):
 def test_every_command_is_served_by_a_function_that_exists(command):
     words = {
         "messages": ["list", "s"],
+        "queue": ["s"],
         "session": ["import", "f"],
         "send": ["s", "1", "t"],
         "link": ["s"],

@@ -223,6 +223,23 @@ def _messages(commands: Any) -> None:
         help="how long --wait waits, in seconds (default: 60)",
     )
     _json(send, "print message_id, status, wa_message_id and error as one JSON line")
+    queue = _command(
+        commands,
+        "queue",
+        "queue:queue",
+        "Show what waits for a session and why it rests; pause, resume or clear it.",
+        examples=["queue sales", "queue sales pause", "queue sales clear --yes"],
+    )
+    _session(queue)
+    queue.add_argument(
+        "action",
+        nargs="?",
+        choices=["pause", "resume", "clear"],
+        help="pause: send nothing until resume, which also releases what is held;"
+        " clear: cancel what waits",
+    )
+    queue.add_argument("--yes", action="store_true", help="clear: do not ask")
+    _json(queue, "one JSON line")
     messages = _command(
         commands,
         "messages",

@@ -33,7 +33,7 @@ def list_messages(options: Options, settings: Settings) -> int:
     """Serve `messages list SESSION`."""
     if options.status and options.status not in set(Status):
         raise UsageError(f"--status: one of {', '.join(Status)}, not {options.status}")
-    with _ledger(Host(settings), options.session) as ledger:
+    with open_ledger(Host(settings), options.session) as ledger:
         rows = ledger.recent(options.limit, status=options.status) if ledger else []
     if options.json:
         for row in rows:
@@ -56,7 +56,7 @@ def list_messages(options: Options, settings: Settings) -> int:
 
 def show_message(options: Options, settings: Settings) -> int:
     """Serve `messages show SESSION MESSAGE_ID`."""
-    with _ledger(Host(settings), options.session) as ledger:
+    with open_ledger(Host(settings), options.session) as ledger:
         row = ledger.find(options.message) if ledger else None
     if row is None:
         raise CommandFailed(
@@ -82,7 +82,7 @@ def cancel_message(options: Options, settings: Settings) -> int:
     from whatsapp_worker.outbox import Outbox
 
     host = Host(settings)
-    with _ledger(host, options.session, make=True) as ledger, _stream(host) as (redis, stream):
+    with open_ledger(host, options.session, make=True) as ledger, _stream(host) as (redis, stream):
         assert ledger is not None
         outbox = Outbox(redis, options.session, stream=stream, result_ttl_s=settings.result_ttl_s)
         key = host.sessions.install_key()
@@ -102,7 +102,7 @@ def resolve_message(options: Options, settings: Settings) -> int:
 
     host = Host(settings)
     status, now = Status(options.status), time.time()
-    with _ledger(host, options.session) as ledger, _stream(host) as (redis, stream):
+    with open_ledger(host, options.session) as ledger, _stream(host) as (redis, stream):
         row = ledger.find(options.message) if ledger else None
         # Repeated after a Redis that was away, it tells what it could not tell then.
         if ledger is None or row is None or row.status not in (Status.UNKNOWN, status):
@@ -154,7 +154,7 @@ def facts(row: Row) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _ledger(host: Host, session: str, *, make: bool = False) -> Iterator[Ledger | None]:
+def open_ledger(host: Host, session: str, *, make: bool = False) -> Iterator[Ledger | None]:
     """The session's ledger; None while there is none, unless it is to be made."""
     host.wanted(session)
     path = host.sessions.folder(session) / "ledger.db"

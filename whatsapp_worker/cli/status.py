@@ -1,5 +1,6 @@
 """`whatsapp-worker status`: the host, then every session; once, live, or for programs."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ _Breakers = dict[str, dict[str, Any]]  # of one session, as `breaker_board.read`
 WATCH_S = 1.0
 HISTORY_LINES = 15
 _NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
+PAUSED = "an operator paused it: whatsapp-worker queue {} resume"
 _STARTING = "The supervisor has not taken it up yet."
 # States that are only true while a supervisor runs.
 _LIVE = {State.CONNECTED, State.CONNECTING, State.LINKING, State.RECONNECTING}
@@ -93,7 +95,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "data_dir": str(host.settings.data_dir.absolute()),
         "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
-            _row(host, name, alive, depths.get(name), breakers.get(name, {}))
+            _paused(host, name, _row(host, name, alive, depths.get(name), breakers.get(name, {})))
             | ({"history": _history(host, name)} if session else {})
             for name in names
         ],
@@ -166,6 +168,15 @@ def _row(
         "queue": queue | {"depth": depth if depth is not None else queue.get("depth")},
         "proof_of_life_age_s": None if age is None else round(max(0.0, age), 1),
     }
+
+
+def _paused(host: Host, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with an operator's pause, which nobody tells while no device process runs."""
+    with contextlib.suppress(StorageError):
+        is_paused = host.sessions.hold(name).read().paused_at is not None
+        if is_paused and row["queue"]["state"] not in ("breaker", "database"):
+            row["queue"] |= {"state": "paused", "reason": PAUSED.format(name), "until": None}
+    return row
 
 
 def _facts(

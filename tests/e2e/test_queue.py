@@ -1,0 +1,67 @@
+"""An operator's word on a queue, and a session's pace, with real processes and the sandbox."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from world import World, eventually
+
+from whatsapp_worker.client import Outbox
+
+CONTACT = "5521988880001"
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    pace = {"PACE_PER_MINUTE": "240", "PACE_JITTER": "0", "PACE_NEW_CONTACT_FACTOR": "1"}
+    with contextlib.closing(World(tmp_path, **pace, PACE_TYPING_S="0.2").start()) as world:
+        yield world
+
+
+def ask(world: World, *words: str, code: int = 0) -> dict[str, Any]:
+    done = world.run(*words, "--json")
+    assert done.returncode == code, (words, done.stdout, done.stderr)
+    return dict(json.loads(done.stdout)) if done.stdout else {}
+
+
+def test_a_queue_is_paused_looked_at_cancelled_from_cleared_and_resumed(world: World):
+    world.link("sales")
+    assert ask(world, "queue", "sales")["state"] == "idle"
+    assert ask(world, "queue", "sales", "pause")["state"] == "paused"
+    jobs = [world.enqueue("sales", CONTACT, f"text {n}", f"m{n}") for n in range(4)]
+    late = world.enqueue("sales", CONTACT, "late", "late", ttl_s=1)
+    eventually(lambda: ask(world, "queue", "sales")["depth"] == 5)
+    eventually(lambda: world.session("sales")["queue"]["state"] == "paused")
+    eventually(lambda: world.outcome(late).get("status") == "expired", within_s=15)
+    found = ask(world, "queue", "sales")
+    assert (found["state"], found["depth"], found["session_state"]) == ("paused", 4, "connected")
+    assert found["head"]["message_id"] == "m0" and found["head"]["age_s"] > 0
+    assert found["pace"]["per_minute"] == 240 and found["pace"]["sent_today"] == 0
+    assert ask(world, "messages", "cancel", "sales", "m1")["status"] == "cancelled"
+    outcome = Outbox(world.redis).cancel("sales", "m2")
+    assert outcome is not None and outcome.status == "cancelled"
+    ask(world, "restart", "sales")
+    assert ask(world, "queue", "sales")["state"] == "paused"
+    assert world.arrived(to=CONTACT) == []
+
+    assert ask(world, "queue", "sales", "resume")["paused_at"] is None
+    world.await_outcomes([jobs[0], jobs[3]])
+    arrived = world.arrived(to=CONTACT)
+    assert [message["text"] for message in arrived] == ["text 0", "text 3"]
+    assert ask(world, "queue", "sales")["pace"]["sent_today"] == 2
+
+    ask(world, "queue", "sales", "pause")
+    more = [world.enqueue("sales", CONTACT, "never", f"n{n}") for n in range(450)]
+    later = world.enqueue("sales", CONTACT, "never", "later", send_at=time.time() + 3600)
+    assert "--yes" in world.run("queue", "sales", "clear", "--json").stderr
+    cleared = ask(world, "queue", "sales", "clear", "--yes")
+    assert cleared == {"session": "sales", "cleared": 451, "as": {"cancelled": 451}}
+    assert {world.outcome(job)["status"] for job in [*more, later]} == {"cancelled"}
+    assert ask(world, "queue", "sales", "resume")["depth"] == 0
+    last = world.enqueue("sales", CONTACT, "last", "last")
+    world.await_outcomes([last])
+    texts = [message["text"] for message in world.arrived(to=CONTACT)]
+    assert texts == ["text 0", "text 3", "last"]

@@ -1,0 +1,218 @@
+"""`whatsapp-worker queue`: what waits, why it rests, and an operator's word on it."""
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from redis import RedisError
+
+from storage.ledger import Ledger
+from storage.sessions import Sessions
+from whatsapp_worker import cancelling, pacer
+from whatsapp_worker.cli import status
+from whatsapp_worker.cli.arguments import Options
+from whatsapp_worker.cli.host import Host
+from whatsapp_worker.cli.messages import open_ledger
+from whatsapp_worker.cli.terminal import columns, duration, emit, moment, paint, printable, talk
+from whatsapp_worker.errors import RedisUnavailable, UsageError
+from whatsapp_worker.event_names import Status
+from whatsapp_worker.outbox import Outbox
+from whatsapp_worker.rq_job import Job, Outcome
+from whatsapp_worker.session import State
+from whatsapp_worker.settings import Settings
+from whatsapp_worker.stream import EventStream
+
+CLEARED = "its queue was cleared by an operator"
+_PAGE = 200
+_SAMPLE = 1000  # messages that tell how fast it goes
+_RESUMES = "Send it: whatsapp-worker queue {} resume. Cancel it: whatsapp-worker queue {} clear"
+
+
+def queue(options: Options, settings: Settings) -> int:
+    """Serve `queue SESSION [pause|resume|clear]`."""
+    host = Host(settings)
+    host.wanted(options.session)
+    match options.action:
+        case "clear":
+            return _clear(options, host)
+        case "pause":
+            host.sessions.hold(options.session).pause(time.time())
+            talk("Paused. What is in hand at this moment is still sent.")
+        case "resume":
+            if not host.sessions.hold(options.session).release():
+                talk("It was neither paused nor held.")
+    found = gather(host, options.session)
+    if options.json:
+        emit(found)
+    else:
+        print("\n".join(_render(found)))
+    return 0
+
+
+def gather(host: Host, session: str) -> dict[str, Any]:
+    """What there is to know, in the form that `--json` prints; times are UTC seconds.
+
+    Raises:
+        RedisUnavailable: It does not answer (transient).
+    """
+    standing = host.sessions.hold(session).read()
+    [row] = status.gather(host, session)["sessions"]
+    with _outbox(host, session) as outbox:
+        counts = outbox.counts()
+        head = next((job for name in outbox.queues for job in outbox.page(name, 0, 1)), None)
+    high, normal = counts.values()
+    found: dict[str, Any] = {
+        "session": session,
+        "session_state": row["state"],
+        **{key: row["queue"].get(key) for key in ("state", "reason", "until")},
+        "depth": high["queued"] + normal["queued"] + high["in_hand"] + normal["in_hand"],
+        "high": high["queued"],
+        "in_hand": high["in_hand"] + normal["in_hand"],
+        "later": high["later"] + normal["later"],
+        "head": _head(head),
+        "pace": _pace(host, session),
+        "paused_at": standing.paused_at,
+        "held_before": standing.held_before,
+    }
+    is_quiet = found["state"] in ("idle", "running")
+    if is_quiet and head is not None and head.enqueued_at < (standing.held_before or 0.0):
+        found |= {"state": "held", "reason": "enqueued for another number, or before its deletion"}
+    elif is_quiet and row["state"] != State.CONNECTED and found["depth"]:
+        found["reason"] = f"the session is {row['state']}. {row['sentence']}".strip()
+    return found
+
+
+def _head(job: Job | None) -> dict[str, Any] | None:
+    if job is None:
+        return None
+    return {
+        "message_id": job.message_id,
+        "job_id": job.id,
+        "high": job.queue.endswith(":high"),
+        "enqueued_at": job.enqueued_at,
+        "age_s": round(max(0.0, time.time() - job.enqueued_at), 1),
+    }
+
+
+def _pace(host: Host, session: str) -> dict[str, Any]:
+    """How fast it goes, and how fast it may."""
+    with open_ledger(host, session) as ledger:
+        now_a_minute = _sent_a_minute(ledger) if ledger else 0.0
+    limits: dict[str, Any] = dict.fromkeys(("per_minute", "per_day", "sent_today", "next_at"))
+    pace = pacer.pace_of(host.settings)
+    if pace is not None:
+        path = host.sessions.folder(session) / pacer.FILE
+        limits = pacer.Pacer(pace, path).as_dict()
+    return {"sent_a_minute": now_a_minute, **limits}
+
+
+def _sent_a_minute(ledger: Ledger) -> float:
+    """Messages of the last minute; of less where they are many."""
+    now = time.time()
+    claimed = ledger.recent(_SAMPLE)
+    sent = [row.sent_at for row in claimed if row.sent_at and row.sent_at > now - 60]
+    span_s = now - min(row.claimed_at for row in claimed) if len(claimed) == _SAMPLE else 60.0
+    return round(len(sent) * 60 / min(60.0, max(1.0, span_s)), 1)
+
+
+def _render(found: dict[str, Any]) -> list[str]:
+    state = found["state"]
+    colour = "green" if state in ("running", "idle") else "yellow"
+    head, pace = found["head"], found["pace"]
+    until = f", until {moment(found['until'])}" if found["until"] else ""
+    rows = [
+        ("queue", paint(found["session"], "bold")),
+        ("state", paint(state, colour) + until),
+        ("why", printable(found["reason"] or "")),
+        ("depth", f"{found['depth']} ({found['in_hand']} in hand, {found['high']} high)"),
+        ("later", str(found["later"] or "")),
+        ("head", f"{printable(head['message_id'])}, {duration(head['age_s'])} old" if head else ""),
+        ("pace", _pace_words(pace)),
+        ("paused", moment(found["paused_at"]) if found["paused_at"] else ""),
+    ]
+    lines = columns([row for row in rows if row[1]])
+    if state == "held" or found["paused_at"]:
+        lines += ["", _RESUMES.format(found["session"], found["session"])]
+    return lines
+
+
+def _pace_words(pace: dict[str, Any]) -> str:
+    words = f"{pace['sent_a_minute']:g} a minute"
+    if pace["per_minute"] is None:
+        return f"{words}, not limited"
+    cap = f" of {pace['per_day']}" if pace["per_day"] else ""
+    return f"{words} of {pace['per_minute']:g}; {pace['sent_today']}{cap} today"
+
+
+def _clear(options: Options, host: Host) -> int:
+    """Cancel everything that waits, in batches; what is in hand goes its way."""
+    _make_sure(options)
+    with (
+        _outbox(host, options.session) as outbox,
+        open_ledger(host, options.session, make=True) as ledger,
+    ):
+        assert ledger is not None
+        ended: Counter[str] = Counter()
+        for outcomes in _cancel_all(outbox, ledger, host.sessions):
+            ended.update(outcome.status for outcome in outcomes)
+            talk(f"{ended.total()} cleared")
+    if options.json:
+        emit({"session": options.session, "cleared": ended.total(), "as": dict(ended)})
+    else:
+        how = ", ".join(f"{count} {word}" for word, count in ended.items())
+        print(f"{options.session}: {how or 'nothing waited'}")
+    return 0
+
+
+def _cancel_all(outbox: Outbox, ledger: Ledger, sessions: Sessions) -> Iterator[list[Outcome]]:
+    """What became of each batch; what is enqueued meanwhile stays."""
+    key = sessions.install_key()
+    pages: dict[str, Callable[[str, int, int], list[Job]]]
+    pages = {"queued": outbox.page, "later": outbox.later}
+    for queue, counts in outbox.counts().items():
+        for place, page in pages.items():
+            left, stayed = counts[place], 0
+            while left > 0 and (jobs := page(queue, stayed, min(left, _PAGE))):
+                outcomes = cancelling.end(
+                    jobs, Status.CANCELLED, CLEARED, outbox=outbox, ledger=ledger, install_key=key
+                )
+                left -= len(jobs)
+                stayed += len(jobs) - len(outcomes)
+                yield outcomes
+
+
+def _make_sure(options: Options) -> None:
+    """Ask before messages are cancelled.
+
+    Raises:
+        UsageError: Nobody is there to ask, or the answer was no.
+    """
+    if options.yes:
+        return
+    if options.json or not sys.stdin.isatty():
+        raise UsageError("clear cancels every waiting message for good: say --yes")
+    print("This cancels every message that waits in the queue.", file=sys.stderr)
+    print("Type yes to go on: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() != "yes":
+        raise UsageError("nothing was cleared")
+
+
+@contextlib.contextmanager
+def _outbox(host: Host, session: str) -> Iterator[Outbox]:
+    """The session's queues.
+
+    Raises:
+        RedisUnavailable: Redis does not answer (transient).
+    """
+    settings = host.settings
+    try:
+        with contextlib.closing(host.redis()) as redis:
+            stream = EventStream(redis, events_max=settings.events_max)
+            outbox = Outbox(redis, session, stream=stream, result_ttl_s=settings.result_ttl_s)
+            with contextlib.closing(outbox):
+                yield outbox
+    except RedisError as error:
+        raise RedisUnavailable("Redis did not answer; call it again") from error
