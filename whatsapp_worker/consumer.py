@@ -19,7 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -535,13 +535,26 @@ class Consumer:
         def attempt() -> None:
             # Written at once: a process killed in the rest must not call it unknown.
             known, self._known = self._known, None
-            if known is not None:
+            if known is not None and self._breaker.phase() is Phase.OPEN:
+                self._rest_at_head(known)
+            elif known is not None:
                 self._with_ledger(lambda: self._ledger.settle(known.settlement))
-            self._attempt(job, content)
+                self._attempt(job, content)
 
         if self._settings.send_retries:
             self._sleep(_FIRST_RETRY_S)
             retrying(attempt)
+
+    def _rest_at_head(self, known: _Known) -> None:
+        """The breaker opened: what was certainly not sent waits for it to close, and does not fail
+        meanwhile; but not for ever, since others wait behind it."""
+        settlement = known.settlement
+        if self._with_ledger(lambda: recovery.may_rest(settlement.message_id, self._ledger)):
+            resting = replace(settlement, error=recovery.RESTING)
+            self._with_ledger(lambda: self._ledger.settle(resting))
+            self._put_down()
+            raise _Released
+        self._known = known
 
     def _sleep(self, wait_s: float) -> None:
         if not self._rested(wait_s):

@@ -24,7 +24,8 @@ MAX_RESENDS = 2  # of a message that says on_unknown="resend"
 NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
 NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
 PAUSED = "WhatsApp asked this number to pause; it is sent again later"
-RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED)
+RESTING = "WhatsApp refused it and others before; it is sent again after a rest"
+RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED, RESTING)
 HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
 
 
@@ -100,6 +101,12 @@ def may_resend(job: Job, row: Row | None, ledger: Ledger) -> bool:
         return False
     former = ledger.attempts(row.message_id)
     return sum(attempt.status == Status.UNKNOWN for attempt in former) < MAX_RESENDS
+
+
+def may_rest(message_id: str, ledger: Ledger) -> bool:
+    """Whether a message that was refused for the moment may wait for the breaker once more."""
+    former = ledger.attempts(message_id)
+    return sum(attempt.error == RESTING for attempt in former) < MAX_RELEASES
 
 
 def settlement(message_id: str, outcome: Outcome) -> Settlement:
