@@ -241,6 +241,25 @@ def test_link_that_is_interrupted_shows_no_code_any_more(world: World):
     assert not (world.data / "sessions" / "sales" / "link.json").exists()
 
 
+def test_a_link_attempt_ends_at_its_deadline_and_another_can_start_at_once(tmp_path: Path):
+    world = World(tmp_path, LINK_ATTEMPT_S="5")
+    try:
+        world.start()
+        begun_at = time.monotonic()
+        with world.linking("sales") as lines:
+            told = list(lines)
+        assert [line["event"] for line in told] == ["qr", "failed"]
+        assert told[-1]["reason"] == "qr-expired"
+        assert time.monotonic() - begun_at < 12
+        begun_at = time.monotonic()
+        world.link("sales")
+        assert time.monotonic() - begun_at < 10
+        assert world.state("sales")["state"] == "connected"
+    finally:
+        world.close()
+        print(world.logs())
+
+
 @pytest.mark.parametrize("words", [("run",), ("sandbox", "--state-dir", "sandbox")])
 def test_a_second_one_on_the_same_folder_is_refused(world: World, words: tuple[str, ...]):
     eventually(lambda: world.status()["supervisor"]["alive"])

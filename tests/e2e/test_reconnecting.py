@@ -263,9 +263,16 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
         assert [row["text"] for row in world.arrived(sender=phone)] == [f"{n}" for n in range(20)]
         reasons = (world.data / "sessions/sales/history.jsonl").read_text()
         assert "memory-limit" in reasons
+        assert _last_gap_s(world, phone) < 2
     finally:
         world.close()
         print(world.logs())
+
+
+def _last_gap_s(world: World, phone: str) -> float:
+    """How long nobody was connected before the last login."""
+    rows = [row for row in world.control.connections(phone) if row["reached"] == "connected"]
+    return float(rows[-1]["at"] - (rows[-2]["ended_at"] or 0))
 
 
 def test_ten_quick_losses_are_flapping_and_end_in_a_cool_down(tmp_path: Path) -> None:

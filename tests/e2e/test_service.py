@@ -66,9 +66,11 @@ def test_systemd_hears_ready_status_a_watchdog_that_stands_still_with_the_loop_a
         world.supervisor.send_signal(signal.SIGCONT)
         eventually(lambda: systemd.has_heard("WATCHDOG=1"), within_s=3)
         assert world.state("sales")["state"] == "connected"
+        assert world.run("health").returncode == 0
         systemd.forget()
         world.supervisor.send_signal(signal.SIGTERM)
         assert world.supervisor.wait(20) == 0
+        assert world.run("health").returncode == 1
         assert systemd.has_heard("STOPPING=1")
     finally:
         world.close()

@@ -213,7 +213,10 @@ def test_sigterm_drains_everything_and_leaves_nothing_behind(world: World) -> No
     assert leftovers == []
 
 
-@pytest.mark.parametrize("when", ["linking", "reconnecting", "failed", "stopped"])
+STATES = ["linking", "connecting", "reconnecting", "failed", "stopped", "logged_out"]
+
+
+@pytest.mark.parametrize("when", STATES)
 def test_sigterm_in_every_state_ends_quickly_with_exit_code_0(world: World, when: str) -> None:
     if when == "linking":
         link = subprocess.Popen(
@@ -227,17 +230,27 @@ def test_sigterm_in_every_state_ends_quickly_with_exit_code_0(world: World, when
         link.wait()
     else:
         world.link("sales")
-        if when == "stopped":
-            operate(world, "stop")
-        else:
-            world.control.refuse()
-            world.control.drop()
-            world.await_state("sales", when)
+        bring_into(world, when)
     children = [process.pid for process in family(world)]
     assert world.supervisor is not None
     world.supervisor.send_signal(signal.SIGINT)
     assert world.supervisor.wait(15) == 0
     assert not any(map(alive, children))
+
+
+def bring_into(world: World, state: str) -> None:
+    """Let the linked session come into this state."""
+    if state == "stopped":
+        operate(world, "stop")
+    elif state == "logged_out":
+        operate(world, "logout")
+    elif state == "connecting":
+        world.control.stall()  # the next dial hangs
+        world.control.drop()
+    else:
+        world.control.refuse()
+        world.control.drop()
+    world.await_state("sales", state)
 
 
 def test_a_second_signal_insists_though_a_process_is_stuck(world: World) -> None:

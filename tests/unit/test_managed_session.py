@@ -1,6 +1,7 @@
 """One session under supervision, with a host and processes that only pretend."""
 
 import json
+import resource
 import socket
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -516,6 +517,32 @@ def test_a_big_process_is_recycled_when_idle_and_forced_at_one_and_a_half(play: 
     play.say("heartbeat", rss_mib=760, idle=False)
     assert play.exit(None, status=15) is State.RECONNECTING
     assert play.saved.reason == "memory-limit"
+
+
+def test_a_process_that_runs_out_of_open_files_is_recycled_when_idle(play: Play) -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    play.start()
+    play.tick(11)
+    play.say("heartbeat", fds=int(limit * 0.79), idle=True)
+    process = play.session.process
+    assert process is not None and not process.is_ending
+    play.say("heartbeat", fds=int(limit * 0.81), idle=True)
+    assert process.is_ending
+
+
+def test_a_process_that_ran_a_day_is_recycled_in_a_quiet_moment_and_dials_at_once(
+    play: Play,
+) -> None:
+    play.start()
+    for _ in range(24 * 60 + 1):
+        play.tick(60)
+        play.say("heartbeat", idle=False)
+    process = play.session.process
+    assert process is not None and not process.is_ending
+    play.say("heartbeat", idle=True)
+    assert process.is_ending
+    assert play.exit(Ending(EndingKind.STOPPED)) is State.CONNECTING
+    assert play.kinds == ["device", "device"]
 
 
 def test_restart_replaces_the_process_and_then_names_its_generation(play: Play) -> None:
