@@ -61,6 +61,7 @@ class Keeper:
         self._consumed = consumed
         self._result_ttl_s = result_ttl_s
         self._timetable = timetable
+        self._untended: set[str] = set()  # sessions whose ledger cannot be used
         self._waiting = Waiting(
             redis=redis,
             stream=stream,
@@ -129,8 +130,12 @@ class Keeper:
             try:
                 is_consumed = session in self._consumed()
                 left -= self._waiting.tend(session, is_consumed=is_consumed, limit=left)
+                self._untended.discard(session)
             except StorageError as error:
-                log.warning("queue.not_tended", extra={"session": session, "problem": str(error)})
+                if session not in self._untended:
+                    extra = {"session": session, "problem": str(error)}
+                    log.warning("queue.not_tended", extra=extra)
+                self._untended.add(session)
                 if error.transient:  # a database that is away takes its time to say so
                     break
 

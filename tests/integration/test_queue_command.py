@@ -1,0 +1,93 @@
+"""`queue SESSION` against a real Redis and the records, while no supervisor runs."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from support import RedisServer
+
+from storage.sessions import Sessions
+from whatsapp_worker import client
+from whatsapp_worker.cli import main
+
+TO = "+5511999990001"
+
+
+@pytest.fixture
+def sessions(
+    shared_redis_server: RedisServer, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Sessions:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("REDIS_URL", shared_redis_server.url)
+    found = Sessions(tmp_path)
+    found.prepare()
+    found.create("sales", network="whatsapp", now=time.time())
+    return found
+
+
+@pytest.fixture
+def ask(sessions: Sessions, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str, code: int = 0) -> Any:
+        assert main(["queue", "sales", *words, "--json"]) == code
+        told = capsys.readouterr()
+        return json.loads(told.out) if told.out else told.err
+
+    return run
+
+
+def test_a_session_that_is_not_connected_says_why_nothing_goes(redis: Redis, ask: Any) -> None:
+    assert ask()["head"] is None
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1")
+    found = ask()
+    assert (found["state"], found["depth"]) == ("idle", 1)
+    assert "unlinked" in found["reason"]
+
+
+def test_what_is_held_is_shown_and_released_by_resume(
+    redis: Redis, sessions: Sessions, ask: Any
+) -> None:
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1", priority="high")
+    sessions.hold("sales").put(time.time())
+    assert ask()["state"] == "held"
+    assert ask()["head"]["high"] is True
+    assert ask("pause")["state"] == "paused"
+    resumed = ask("resume")
+    assert (resumed["state"], resumed["held_before"], resumed["paused_at"]) == ("idle", None, None)
+
+
+def test_clearing_a_held_queue_keeps_it_held(redis: Redis, sessions: Sessions, ask: Any) -> None:
+    out = client.Outbox(redis)
+    jobs = out.send_many("sales", [client.text(TO, "x", message_id=f"m{n}") for n in range(450)])
+    poison = out.send_text("sales", TO, "x", message_id="poison")
+    redis.hset(f"rq:job:{poison.id}", "data", b"not a job")
+    sessions.hold("sales").put(time.time())
+    assert "--yes" in ask("clear", code=2)
+    assert ask()["depth"] == 451
+    cleared = ask("clear", "--yes")
+    assert cleared == {"session": "sales", "cleared": 451, "as": {"cancelled": 450, "failed": 1}}
+    assert {str(out.outcome(job).status) for job in jobs} == {"cancelled"}
+    found = ask()
+    assert (found["state"], found["depth"]) == ("idle", 0)
+    assert found["held_before"] is not None
+    assert ask("clear", "--yes")["cleared"] == 0
+
+
+def test_the_pace_is_shown_where_it_is_limited(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask()["pace"]["per_minute"] is None
+    monkeypatch.setenv("PACE_PER_MINUTE", "20")
+    monkeypatch.setenv("PACE_PER_DAY", "50")
+    pace = ask()["pace"]
+    assert (pace["per_minute"], pace["per_day"], pace["sent_today"]) == (20, 50, 0)
+
+
+def test_people_read_what_to_do_next(
+    redis: Redis, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1")
+    assert main(["queue", "sales", "pause"]) == 0
+    told = capsys.readouterr().out
+    for words in ("paused", "m1", "not limited", "whatsapp-worker queue sales resume"):
+        assert words in told
