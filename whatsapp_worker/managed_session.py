@@ -8,6 +8,7 @@ monotonic seconds, those in records are UTC seconds.
 import dataclasses
 import json
 import logging
+import random
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ LOGOUT_RETRY_S = 3.0
 LEFTOVER_RETRY_S = 0.5
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
+RECYCLE_SPREAD_S = 6 * 3600.0  # sessions that began together are not recycled together
 YOUNG_S = 10.0
 OPEN_FILES_SHARE = 0.8
 FORCED_MEMORY = 1.5  # times the limit
@@ -130,6 +132,7 @@ class ManagedSession:
         self._link: LinkAttempt | None = None
         self._logout: LogoutAttempt | None = None
         self._is_restarting = False
+        self._recycle_after_s = RECYCLE_AFTER_S + random.uniform(0, RECYCLE_SPREAD_S)
         self._not_before = 0.0  # no process is started before
         self._sent = 0  # messages of this process, as it last said
         self._phone_lists_it = False
@@ -556,7 +559,7 @@ class ManagedSession:
         age_s = now - process.login_at
         # One that is too big from the start would be recycled all the time, to no avail.
         is_leaking = self._is_too_big(process, 1) or _descriptors_run_out(process)
-        return age_s > RECYCLE_AFTER_S or (age_s > YOUNG_S and is_leaking)
+        return age_s > self._recycle_after_s or (age_s > YOUNG_S and is_leaking)
 
     # Endings
 

@@ -530,11 +530,11 @@ def test_a_process_that_runs_out_of_open_files_is_recycled_when_idle(play: Play)
     assert process.is_ending
 
 
-def test_a_process_that_ran_a_day_is_recycled_in_a_quiet_moment_and_dials_at_once(
+def test_a_process_that_ran_longer_than_a_day_is_recycled_in_a_quiet_moment_and_dials_at_once(
     play: Play,
 ) -> None:
     play.start()
-    for _ in range(24 * 60 + 1):
+    for _ in range(30 * 60 + 1):
         play.tick(60)
         play.say("heartbeat", idle=False)
     process = play.session.process
