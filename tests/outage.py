@@ -142,7 +142,10 @@ class Outage:
         """Sessions that were on their way from the dial to the login, at the worst moment."""
         steps: list[tuple[float, int]] = []
         for name in self.sessions:
-            for event in self._changes(name, since):
+            changes = self._changes(name, since)
+            if changes and changes[0]["previous"] == "connecting":
+                steps.append((since, 1))
+            for event in changes:
                 steps += [(event["at"], 1)] if event["state"] == "connecting" else []
                 steps += [(event["at"], -1)] if event["previous"] == "connecting" else []
         return max(itertools.accumulate(change for _, change in sorted(steps)), default=0)
