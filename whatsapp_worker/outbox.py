@@ -94,6 +94,24 @@ end
 return found
 """
 )
+# KEYS: queue. ARGV: prefix of job keys, id. Before the first job that was enqueued later; RQ's
+# times sort as text, and a queue is in their order but for what a producer put at its front.
+_TAKE_PLACE = """
+local function time(id)
+  local found = redis.pcall('HMGET', ARGV[1] .. id, 'enqueued_at', 'created_at')
+  if found.err then return '' end
+  return (found[1] and #found[1] > 0 and found[1]) or found[2] or ''
+end
+local mine = time(ARGV[2])
+local low, high = 0, redis.call('LLEN', KEYS[1])
+while low < high do
+  local middle = math.floor((low + high) / 2)
+  if time(redis.call('LINDEX', KEYS[1], middle)) > mine then high = middle else low = middle + 1 end
+end
+local after = redis.call('LINDEX', KEYS[1], low)
+if after then redis.call('LINSERT', KEYS[1], 'BEFORE', after, ARGV[2])
+else redis.call('RPUSH', KEYS[1], ARGV[2]) end
+"""
 # KEYS: job, results, registry, limbo list, events.
 # ARGV: 1 raw id, 2 ttl, 3 score, 4 whether to write the hash anew, 5 ceiling of the stream,
 # 6 number of arguments of the result, those, 7 number of arguments of the event, those, hash.
@@ -385,8 +403,8 @@ class Outbox:
         lane.in_hand.discard(job)
 
     def survey(self, *, until: float | None = None) -> int:
-        """How many jobs wait or are in hand. On the way, laid-aside jobs whose time has come go to
-        the head of their queues, the earliest first; RQ's own `enqueue_at` and `enqueue_in` lay
+        """How many jobs wait or are in hand. On the way, laid-aside jobs whose time has come go
+        back to their places, by the time of enqueueing; RQ's own `enqueue_at` and `enqueue_in` lay
         theirs into the same registry.
 
         Args:
@@ -407,11 +425,11 @@ class Outbox:
     def _move(self, lane: _Lane, due: Sequence[bytes]) -> None:
         existing = self._existing(due)
         pipeline = self._redis.pipeline(transaction=True)
-        for raw_id in reversed(due):
+        for raw_id in due:
             pipeline.zrem(lane.scheduled, raw_id)
             if raw_id in existing:
                 pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
-                pipeline.lpush(lane.queue, raw_id)
+                pipeline.eval(_TAKE_PLACE, 1, lane.queue, _job_key(""), raw_id)
         pipeline.execute()
 
     # Waiting jobs, for others than their consumer

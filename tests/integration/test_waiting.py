@@ -24,6 +24,7 @@ from whatsapp_worker.errors import CommandTimeout, UsageError
 from whatsapp_worker.errors import LedgerUnavailable as Unanswered
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.message import validate
+from whatsapp_worker.outbox import Outbox as OutboxOf
 from whatsapp_worker.stream import EventStream
 
 TO = "+5511999990001"
@@ -144,6 +145,28 @@ def test_due_messages_are_moved_in_where_nobody_consumes(host: Host) -> None:
     host.keeper.sweep()
     assert queue.count == 0
     eventually(lambda: (host.keeper.sweep(), queue.count == 1)[1], within_s=5)
+
+
+def test_a_due_message_keeps_its_place_by_time_of_enqueueing(host: Host) -> None:
+    queue = Queue("wa:out:sales", connection=host.redis, serializer=JSONSerializer)
+    at = datetime.now(UTC) + timedelta(seconds=1)
+    for number in range(9):
+        if number in (3, 6):
+            kwargs = client.text(TO, "Hi", message_id=f"m{number}").kwargs("sales")
+            due = at + timedelta(seconds=6 - number)  # the later one is due first
+            queue.enqueue_at(due, "jobs.outbound.send_message", kwargs=kwargs, job_id=f"{number}")
+        else:
+            host.send(f"m{number}")
+
+    def order() -> list[str]:
+        return [job.kwargs["message_id"] for job in queue.get_jobs()]
+
+    waiting = [f"m{number}" for number in range(9) if number not in (3, 6)]
+    assert order() == waiting
+    outbox = OutboxOf(host.redis, "sales", stream=EventStream(host.redis), result_ttl_s=60)
+    outbox.survey(until=time.time() + 60)
+    assert order() == [f"m{number}" for number in range(9)]
+    outbox.close()
 
 
 def test_what_rqs_own_cancel_took_out_is_cancelled_for_everybody(host: Host) -> None:
