@@ -345,3 +345,29 @@ def _run_copy(world: World, session: str, twin: str) -> None:
         source.backup(target)
     done = world.run("start", twin, "--json")
     assert json.loads(done.stdout)["state"] == "connected", done.stderr
+
+
+def test_a_long_wait_ends_at_once_by_an_operators_command_and_by_a_shutdown(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, RECONNECT_WAITS_S="300,300,300")
+    try:
+        phone = world.start().link("sales")
+        for _ in range(2):
+            _lose(world, phone)
+            state = world.await_state("sales", "reconnecting")
+            assert state["next_attempt_at"] > time.time() + 200
+            begun_at = time.monotonic()
+            done = world.run("start", "sales", "--json")
+            assert json.loads(done.stdout)["state"] == "connected", done.stderr
+            assert time.monotonic() - begun_at < 10
+        _lose(world, phone)
+        world.await_state("sales", "reconnecting")
+        assert world.supervisor is not None
+        begun_at = time.monotonic()
+        world.supervisor.terminate()
+        assert world.supervisor.wait(10) == 0
+        assert time.monotonic() - begun_at < 5
+    finally:
+        world.close()
+        print(world.logs())
