@@ -27,7 +27,8 @@ def test_a_message_is_sent_delivered_and_read(world: World):
     assert outcome["wa_id"] == CONTACT
     [arrived] = world.arrived(to=CONTACT)
     assert (arrived["text"], arrived["id"]) == ("Olá, João", outcome["wa_message_id"])
-    assert arrived["type"] == "text" and arrived["times"] == 1
+    assert arrived["type"] == "text" and arrived["times"] == 1 and not arrived["bot"]
+    assert set(arrived["message"]) == {"conversation", "messageContextInfo"}
     eventually(lambda: world.status_of("sales", "crm-1") == "read")
     names = [fields[b"event"].decode() for _, fields in world.redis.xrange("wa:events")]
     for name in ("message.sent", "message.delivered", "message.read"):

@@ -80,7 +80,8 @@ class Attempt(TypedDict):
 
 
 # A message: `times` counts how often a client handed it over under this id, `acked` says whether
-# the sandbox acknowledged it, `refused` is the error code when it was not taken.
+# the sandbox acknowledged it, `refused` is the error code when it was not taken,
+# `bot` whether the client marked it as a bot's.
 Message = TypedDict(
     "Message",
     {
@@ -97,6 +98,7 @@ Message = TypedDict(
         "acked": bool,
         "refused": int | None,
         "undecryptable": str | None,
+        "bot": bool,
         "receipts": list[str],
     },
 )

@@ -127,6 +127,7 @@ class Row:
         acked: Whether an acknowledgement without an error was sent.
         refused: Error code, when it was answered with one and not taken.
         received: What the contact decrypted; None when refused or not for a contact.
+        bot: Whether the client marked it as a bot's.
     """
 
     seq: int
@@ -139,6 +140,7 @@ class Row:
     acked: bool = False
     refused: int | None = None
     undecryptable: str | None = None
+    bot: bool = False
     received: Received | None = None
     receipts: list[str] = field(default_factory=list)
 
@@ -159,6 +161,7 @@ class Row:
             "acked": self.acked,
             "refused": self.refused,
             "undecryptable": self.undecryptable,
+            "bot": self.bot,
             "receipts": list(self.receipts),
         }
 

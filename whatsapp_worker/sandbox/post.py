@@ -193,6 +193,7 @@ class Post:
             row.times += 1
             return row, False
         row = Row(self.messages.next_seq(), device, name, to.account, node.text("id"), time.time())
+        row.bot = node.child("bot") is not None
         oldest = self.messages.add(row)
         if oldest is not None:
             self._rows.pop((*oldest.sender.key, oldest.id), None)
