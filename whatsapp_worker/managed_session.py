@@ -765,7 +765,7 @@ class ManagedSession:
         link, self._link = self._link, None
         assert link is not None
         answer = {"request": link.request, "result": result, "reason": reason}
-        self._status.set(link={**answer, "sentence": sentence(reason, self.id)})
+        self._status.set(link={**answer, "sentence": sentence(reason, self.id, linking=True)})
         self._link_file.unlink(missing_ok=True)
         self._status.note(f"link.{result}", reason=reason)
         log.info(f"link.{result}", extra={"session": self.id, "reason": reason})

@@ -86,9 +86,28 @@ _SENTENCES = {
 }
 
 
-def sentence(reason: Reason | None, session: str) -> str:
-    """The sentence that tells a person what to do; empty without a reason."""
-    return _SENTENCES[reason].format(session=session) if reason else ""
+# Where there are no credentials, or a link attempt failed, nothing goes on by itself.
+_LINK_SENTENCES = {
+    Reason.CONNECTION_FAILED: "WhatsApp could not be reached. Check this host's network, then run:"
+    " whatsapp-worker link {session}",
+    Reason.STREAM_ERROR: "WhatsApp ended the stream. Try again: whatsapp-worker link {session}",
+    Reason.PROCESS_CRASHED: "The pairing process crashed; its log is in whatsapp-worker logs"
+    " {session}. Try again: whatsapp-worker link {session}",
+    Reason.PROCESS_HUNG: "The pairing process made no progress and was ended. Try again:"
+    " whatsapp-worker link {session}",
+}
+
+
+def sentence(reason: Reason | None, session: str, *, linking: bool = False) -> str:
+    """The sentence that tells a person what to do; empty without a reason.
+
+    Args:
+        linking: It is about a link attempt, or a session without credentials.
+    """
+    if reason is None:
+        return ""
+    said = _LINK_SENTENCES.get(reason) if linking else None
+    return (said or _SENTENCES[reason]).format(session=session)
 
 
 class Trigger(StrEnum):

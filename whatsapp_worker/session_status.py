@@ -74,7 +74,8 @@ class SessionStatus:
             return False
         is_same = (following, reason) == (before.state, before.reason)
         since = before.since if following == before.state else round(self._wall(), 3)
-        said = sentence(reason, self._id) if said is None else said
+        if said is None:
+            said = sentence(reason, self._id, linking=following is State.UNLINKED)
         self.set(state=following, reason=reason, sentence=said, since=since, **facts)
         if not is_same:
             self._tell_change(before)

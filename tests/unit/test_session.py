@@ -76,3 +76,19 @@ def test_the_diagram_in_the_docs_is_the_table() -> None:
     assert STATES_PAGE.read_text() == document(), (
         "stale: python -m whatsapp_worker.session > docs/states.md"
     )
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        Reason.QR_EXPIRED,
+        Reason.LINK_REFUSED,
+        Reason.CONNECTION_FAILED,
+        Reason.STREAM_ERROR,
+        Reason.PROCESS_CRASHED,
+        Reason.PROCESS_HUNG,
+    ],
+)
+def test_a_failed_link_says_how_to_try_again(reason: Reason) -> None:
+    text = sentence(reason, "sales", linking=True)
+    assert "whatsapp-worker link sales" in text and "by itself" not in text
