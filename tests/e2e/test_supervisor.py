@@ -213,12 +213,24 @@ def test_sigterm_drains_everything_and_leaves_nothing_behind(world: World) -> No
     assert leftovers == []
 
 
-STATES = ["linking", "connecting", "reconnecting", "failed", "stopped", "logged_out"]
+STATES = [
+    "unlinked",
+    "linking",
+    "connecting",
+    "connected",
+    "reconnecting",
+    "failed",
+    "stopped",
+    "logged_out",
+    "replaced",
+    "banned",
+    "outdated",
+]
 
 
 @pytest.mark.parametrize("when", STATES)
 def test_sigterm_in_every_state_ends_quickly_with_exit_code_0(world: World, when: str) -> None:
-    if when == "linking":
+    if when in ("unlinked", "linking"):
         link = subprocess.Popen(
             [*COMMAND, "link", "sales", "--json"],
             env=world.environ,
@@ -226,6 +238,9 @@ def test_sigterm_in_every_state_ends_quickly_with_exit_code_0(world: World, when
             stdout=subprocess.DEVNULL,
         )
         eventually((world.data / "sessions/sales/link.json").exists, what="a QR waits")
+        if when == "unlinked":
+            world.control.expire_qr()
+            world.await_state("sales", "unlinked")
         link.kill()
         link.wait()
     else:
@@ -247,7 +262,12 @@ def bring_into(world: World, state: str) -> None:
     elif state == "connecting":
         world.control.stall()  # the next dial hangs
         world.control.drop()
-    else:
+    elif state == "replaced":
+        world.control.stream_error(world.state("sales")["phone"], conflict="replaced")
+    elif state in ("banned", "outdated"):
+        world.control.connect_failure(402 if state == "banned" else 405, expire=60)
+        world.control.drop()
+    elif state in ("reconnecting", "failed"):
         world.control.refuse()
         world.control.drop()
     world.await_state("sales", state)
