@@ -28,7 +28,6 @@ COMMAND = [
     "-c",
     "import sys; from whatsapp_worker.cli import main; sys.exit(main(sys.argv[1:]))",
 ]
-SETTLED = {"sent", "delivered", "read", "played", "failed", "unknown", "expired", "cancelled"}
 
 
 class World:

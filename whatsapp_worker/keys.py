@@ -18,7 +18,6 @@ SEND_MESSAGE = "jobs.outbound.send_message"
 PURGE_SESSIONS = "jobs.purge.purge_sessions"
 
 _SESSION_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,200}\Z")
 
 
 def session_id(text: object) -> SessionId:
@@ -33,11 +32,6 @@ def session_id(text: object) -> SessionId:
             " the first a letter or digit"
         )
     return SessionId(text)
-
-
-def is_job_id(text: str) -> bool:
-    """Whether RQ would accept this job id (RQ allows `[A-Za-z0-9_-]` only)."""
-    return bool(_JOB_ID.match(text))
 
 
 def outbound_queue(session: SessionId, *, high: bool = False) -> str:
