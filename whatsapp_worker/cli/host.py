@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from storage import locks
 from storage.sessions import Sessions, StateRecord, Wanted
 from whatsapp_worker.cli.terminal import duration
-from whatsapp_worker.errors import SupervisorUnavailable, UnknownSession
+from whatsapp_worker.errors import (
+    SessionDeleted,
+    SessionError,
+    SupervisorUnavailable,
+    UnknownSession,
+)
 from whatsapp_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,21 +65,23 @@ class Host:
 
         Raises:
             UnknownSession: There is none; says which there are.
+            SessionDeleted: Only its tombstone is left; says since when.
         """
         from whatsapp_worker.keys import session_id
 
         found = self.sessions.wanted(session_id(session))
         if found is None:
-            raise UnknownSession(self._unknown(session))
+            raise self._unknown(session)
         return found
 
-    def _unknown(self, session: str) -> str:
+    def _unknown(self, session: str) -> SessionError:
         if stone := self.sessions.tombstones.find(session):
-            return f"session {session} was deleted {duration(time.time() - stone.at)} ago"
+            ago = duration(time.time() - stone.at)
+            return SessionDeleted(f"session {session} was deleted {ago} ago")
         known = self.sessions.ids()
         names = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         have = f"there are: {names}" if known else "there is none yet"
-        return f"there is no session {session} in {self.settings.data_dir}; {have}"
+        return UnknownSession(f"there is no session {session} in {self.settings.data_dir}; {have}")
 
     def wait_for(
         self,
