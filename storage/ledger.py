@@ -63,6 +63,7 @@ class Row(NamedTuple):
     played_at: float | None
     settled_at: float | None
     secret: bytes | None
+    metadata: str | None
 
 
 class Attempt(NamedTuple):
@@ -87,6 +88,7 @@ class Claim:
     Attributes:
         now: Unix seconds; becomes `claimed_at`. A repeated claim carries the same.
         resend: An unknown message may be claimed again: the CRM asked for it.
+        metadata: The caller's own words, kept with the row.
     """
 
     message_id: str
@@ -95,6 +97,7 @@ class Claim:
     recipient_hash: str
     now: float
     resend: bool = False
+    metadata: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +481,7 @@ class Ledger:
             "recipient_hash": claim.recipient_hash,
             "claimed_at": claim.now,
             "secret": secret,
+            "metadata": claim.metadata,
         }
 
     def _settle_values(self, settlement: Settlement) -> dict[str, Any]:
@@ -561,7 +565,7 @@ _THIS_FORMER = sa.and_(_a.session == _session, _a.message_id == _message_id)
 _RECEIPTS = _r.session == _session
 _FRESH: dict[str, Any] = {
     name: sa.bindparam(name)
-    for name in ("content_hash", "job_id", "recipient_hash", "claimed_at", "secret")
+    for name in ("content_hash", "job_id", "recipient_hash", "claimed_at", "secret", "metadata")
 }
 _STALE = ("wa_message_id", "wa_id", "error", "sent_at", "delivered_at", "read_at", "played_at")
 _APPLY_FIELDS = (

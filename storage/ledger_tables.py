@@ -2,8 +2,8 @@
 
 import sqlalchemy as sa
 
-HEAD = "0001"  # the revision of the migrations that these tables correspond to
-KNOWN_REVISIONS = frozenset({HEAD})  # an unknown one was made by newer software
+HEAD = "0002"  # the revision of the migrations that these tables correspond to
+KNOWN_REVISIONS = frozenset({"0001", HEAD})  # an unknown one was made by newer software
 
 metadata = sa.MetaData()
 _SECONDS = sa.Float(53)  # unix time
@@ -28,6 +28,7 @@ messages = sa.Table(
     sa.Column("played_at", _SECONDS),
     sa.Column("settled_at", _SECONDS),
     sa.Column("secret", sa.LargeBinary),
+    sa.Column("metadata", sa.Text),
     sqlite_with_rowid=False,
 )
 sa.Index("ledger_messages_by_wa_id", messages.c.session, messages.c.wa_message_id)

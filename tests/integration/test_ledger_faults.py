@@ -17,6 +17,7 @@ import faults
 import postgres
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -37,8 +38,8 @@ def secret(attempt: int) -> bytes:
 
 
 def claim(ledger: Ledger, id: str = "m1") -> None:
-    answer = ledger.claim(Claim(id, "hash", "j1", "recipient", 1.0), secret=secret)
-    assert isinstance(answer, Claimed)
+    wanted = Claim(id, "hash", "j1", "recipient", 1.0, metadata='{"deal": 7}')
+    assert isinstance(ledger.claim(wanted, secret=secret), Claimed)
 
 
 def test_the_ledger_ranks_statuses_as_the_contract_does() -> None:
@@ -68,6 +69,27 @@ def test_migrations_make_the_same_tables_as_a_new_ledger_has(location: str | Pat
         assert compare_metadata(context, metadata) == []
         assert context.get_current_revision() == HEAD
     database.close()
+
+
+def test_an_older_ledger_keeps_its_rows_and_takes_new_ones(location: str | Path) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(storage.__file__).parent / "migrations"))
+    database = Database(location, timeout_s=5)
+    with database.core() as connection:
+        connection.exec_driver_sql("BEGIN")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql("COMMIT")
+    database.close()
+    row = "('sales', 'm0', 'sent', 1, 'hash', 'j0', 'recipient', 1.0)"
+    names = "session, message_id, status, attempt, content_hash, job_id, recipient_hash, claimed_at"
+    run_sql(location, f"INSERT INTO ledger_messages ({names}) VALUES {row}")
+    ledger = Ledger.open(location, "sales")
+    claim(ledger)
+    old, new = ledger.find("m0"), ledger.find("m1")
+    ledger.close()
+    assert old and (old.status, old.metadata) == ("sent", None)
+    assert new and (new.status, new.metadata) == ("sending", '{"deal": 7}')
 
 
 def test_the_newest_migration_is_the_one_that_the_tables_name() -> None:

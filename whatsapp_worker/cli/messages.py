@@ -1,6 +1,7 @@
 """`whatsapp-worker messages`: what the ledger knows, and an operator's word on a message."""
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,8 @@ def _stream(host: Host) -> Iterator[tuple["Redis", EventStream]]:
 def facts(row: Row) -> dict[str, Any]:
     """One message for programs; times are UTC seconds."""
     hidden = ("secret", "content_hash", "recipient_hash")
-    return {name: value for name, value in row._asdict().items() if name not in hidden}
+    found = {name: value for name, value in row._asdict().items() if name not in hidden}
+    return {**found, "metadata": json.loads(row.metadata) if row.metadata else None}
 
 
 @contextlib.contextmanager
