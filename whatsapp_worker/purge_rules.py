@@ -101,7 +101,8 @@ def judge(facts: Facts, limits: Limits, now: float) -> Remove | Keep:
     if facts.waiting is None:
         return Keep("Redis does not say whether messages wait for it")
     if facts.waiting:
-        return Keep(f"{facts.waiting} messages wait for it")
+        words = "1 message waits" if facts.waiting == 1 else f"{facts.waiting} messages wait"
+        return Keep(f"{words} for it")
     return Remove(kind)
 
 

@@ -69,7 +69,7 @@ def test_a_session_never_linked_is_purged_by_the_running_supervisor(tmp_path: Pa
         folder = world.data / "sessions" / "ghost"
         job = world.enqueue("ghost", CONTACT, "hello", "crm-1")
         skipped = eventually(lambda: _purge(world)["skipped"], what="it is old enough")
-        assert skipped == [{"session": "ghost", "why": "1 messages wait for it"}]
+        assert skipped == [{"session": "ghost", "why": "1 message waits for it"}]
         world.redis.delete("rq:queue:wa:out:ghost")
         job.delete()
         purged = eventually(lambda: _purge(world)["purged"], what="the ghost is purged")

@@ -179,7 +179,7 @@ def test_a_session_with_messages_waiting_stays_until_they_are_gone(
     report = purge(config)
     assert (report.purged, report.skipped) == (
         {},
-        [{"session": "sales", "why": "1 messages wait for it"}],
+        [{"session": "sales", "why": "1 message waits for it"}],
     )
     redis.rename("rq:queue:wa:out:sales", "rq:queue:wa:out:sales:intermediate")
     assert purge(config).purged == {}

@@ -68,6 +68,7 @@ def test_good_credentials_are_reported_as_stale_and_removed_only_where_that_is_s
 
 def test_a_session_with_messages_waiting_stays_and_says_so() -> None:
     old = facts(touched_at=0.0)
+    assert judge(dataclasses.replace(old, waiting=1), LIMITS, NOW) == Keep("1 message waits for it")
     assert judge(dataclasses.replace(old, waiting=3), LIMITS, NOW) == Keep("3 messages wait for it")
     unknown = judge(dataclasses.replace(old, waiting=None), LIMITS, NOW)
     assert isinstance(unknown, Keep)
