@@ -285,6 +285,16 @@ def test_a_number_can_be_unknown(sandbox: Sandbox, client: RawClient) -> None:
     client.send("5521911110000", text("somebody"))
 
 
+def test_a_number_with_an_alias_is_found_only_by_who_asks_for_it_as_a_contact(
+    sandbox: Sandbox, client: RawClient
+) -> None:
+    dialled, known = "5569911110000", "556911110000"
+    sandbox.control.number_alias(dialled, known)
+    with pytest.raises(AssertionError, match="no LID found"):
+        client.send(dialled, text("nobody"))
+    client.send(known, text("somebody"))
+
+
 def test_rows_are_told_since_a_number(sandbox: Sandbox, client: RawClient) -> None:
     for body in ("one", "two", "three"):
         client.send(ANA, text(body))

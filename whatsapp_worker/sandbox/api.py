@@ -143,12 +143,14 @@ class Api:
             ("POST", "/remove-fault"): self.remove_fault,
             ("POST", "/unknown-number"): self.add_unknown,
             ("DELETE", "/unknown-number"): self.remove_unknown,
+            ("POST", "/number-alias"): self.add_alias,
             ("POST", "/contacts"): self.contacts,
             ("POST", "/groups"): self.groups,
             ("POST", "/inbound"): self.inbound,
             ("GET", "/messages"): self.messages,
             ("POST", "/receipts"): self.send_receipt,
             ("GET", "/receipts"): self.receipts,
+            ("GET", "/chat-states"): self.chat_states,
             ("POST", "/logout-device"): self.logout_device,
             ("POST", "/reset"): self.reset,
         }
@@ -271,6 +273,13 @@ class Api:
         self._network.unknown_numbers.discard(phone)
         return {}
 
+    def add_alias(self, fields: Fields) -> Any:
+        dialled, phone = fields.phone("dialled"), fields.phone()
+        fields.end()
+        _bounded(self._network.aliases, MAX_CONFIGURED)
+        self._network.aliases[dialled] = phone
+        return {}
+
     def contacts(self, fields: Fields) -> Any:
         phone = fields.phone()
         steps = RECEIPT_STEPS[fields.choice("receipts", list(RECEIPT_STEPS), "delivered")]
@@ -323,6 +332,12 @@ class Api:
         rows = self._network.post.receipts
         return _rows([row for row in rows if row["seq"] > since], rows.dropped)
 
+    def chat_states(self, fields: Fields) -> Any:
+        since = fields.number("since", 0) or 0
+        fields.end()
+        rows = self._network.post.chat_states
+        return _rows([row for row in rows if row["seq"] > since], rows.dropped)
+
     def logout_device(self, fields: Fields) -> Any:
         phone = fields.phone()
         fields.end()
@@ -336,6 +351,7 @@ class Api:
     def reset(self, fields: Fields) -> Any:
         self.remove_fault(fields)
         self._network.unknown_numbers.clear()
+        self._network.aliases.clear()
         self._network.attempts.clear()
         self._network.post.clear()
         return {}

@@ -109,6 +109,9 @@ ClientReceipt = TypedDict(
     {"seq": int, "from": str, "to": str, "ids": list[str], "type": str, "at": float},
 )
 
+# What a client shows in a chat; `state` is `composing` or `paused`.
+ChatState = TypedDict("ChatState", {"seq": int, "from": str, "to": str, "state": str, "at": float})
+
 
 class Control:
     """A running sandbox.
@@ -273,6 +276,14 @@ class Control:
         """Undo `unknown_number`."""
         self._call("DELETE", "/unknown-number", phone=phone)
 
+    def number_alias(self, dialled: str, phone: str) -> None:
+        """WhatsApp knows a number by another than is dialled, as with Brazil's ninth digit.
+
+        Who asks whether the contact exists is told the other number; a message to the number as
+        it is dialled finds nobody.
+        """
+        self._call("POST", "/number-alias", dialled=dialled, phone=phone)
+
     def contacts(
         self, phone: str, *, receipts: Receipts = "delivered", receipt_delay_s: float = 0.0
     ) -> None:
@@ -323,6 +334,10 @@ class Control:
     def client_receipts(self, *, since: int = 0) -> Rows[ClientReceipt]:
         """Receipts that clients sent."""
         return self._rows("/receipts", since=since)
+
+    def chat_states(self, *, since: int = 0) -> Rows[ChatState]:
+        """Typing indicators that contacts were shown."""
+        return self._rows("/chat-states", since=since)
 
     def reset(self) -> None:
         """Remove faults and manners, empty the lists; linked devices stay."""

@@ -54,6 +54,7 @@ class Network:
         self.faults = Faults()
         self.attempts: Rows[Attempt] = Rows()
         self.unknown_numbers: set[str] = set()
+        self.aliases: dict[str, str] = {}  # number as dialled to the one that WhatsApp knows
         self.accounts = self.store.accounts()
         self.devices: dict[str, dict[int, Device]] = {}
         for device in self.store.devices():
@@ -193,7 +194,9 @@ class Network:
 
     def exists(self, phone: str | None) -> bool:
         """Whether that number is on WhatsApp: every one is, unless told otherwise."""
-        return phone is not None and phone.isdigit() and phone not in self.unknown_numbers
+        if phone is None or phone in self.aliases or phone in self.unknown_numbers:
+            return False
+        return phone.isdigit()
 
     def all_devices(self) -> list[Device]:
         """Every linked device."""

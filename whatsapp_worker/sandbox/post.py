@@ -52,6 +52,7 @@ class Post:
     def __init__(self, network: Network) -> None:
         self.messages: Rows[Row] = Rows()
         self.receipts: Rows[dict[str, Any]] = Rows()
+        self.chat_states: Rows[dict[str, Any]] = Rows()
         self.manners: dict[str, Manners] = {}
         self._network = network
         self._rows: dict[tuple[str, int, str], Row] = {}
@@ -60,6 +61,7 @@ class Post:
         """Forget what arrived and how contacts answer; what waits for a device stays."""
         self.messages.clear()
         self.receipts.clear()
+        self.chat_states.clear()
         self.manners.clear()
         self._rows.clear()
 
@@ -115,6 +117,21 @@ class Post:
         device.in_flight.pop(("message", node.text("id"), str(to), ""), None)
         self._note_receipt(device, to, node)
         self._forward_receipt(device, to, node)
+
+    def take_chat_state(self, device: Device, node: Node) -> None:
+        """A device shows its contact that something is being typed, or is not any more."""
+        to, state = node.jid("to"), next(iter(node.children), None)
+        if to is None or state is None:
+            return
+        self.chat_states.add(
+            {
+                "seq": self.chat_states.next_seq(),
+                "from": device.phone,
+                "to": self._network.phone(to) or str(to),
+                "state": state.tag,
+                "at": time.time(),
+            }
+        )
 
     # To devices
 

@@ -117,7 +117,8 @@ class Queries:
 
     def _contact(self, contact: Node) -> Node:
         asked = contact.data
-        phone = asked.split(b"@")[0].lstrip(b"+").decode("ascii", "replace")
+        dialled = asked.split(b"@")[0].lstrip(b"+").decode("ascii", "replace")
+        phone = self._network.aliases.get(dialled, dialled)
         known = self._network.exists(phone)
         attrs: Attrs = {"pn_jid": phone_jid(phone)}
         if known:

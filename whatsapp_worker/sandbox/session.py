@@ -34,6 +34,8 @@ class DeviceSession:
                 post.take_ack(self._device, node)
             case "receipt":
                 post.take_receipt(self._device, self._link, node)
+            case "chatstate":
+                post.take_chat_state(self._device, node)
             case "iq":
                 self._query(node)
             case _:
