@@ -85,4 +85,5 @@ def _claim(job: Job, install_key: bytes, now: float) -> Claim:
         job_id=job.id,
         recipient_hash=number_hash(install_key, job.order.recipient.user),
         now=now,
+        metadata=job.order.metadata_text,
     )

@@ -144,7 +144,7 @@ class Consumer:
         outbox: Outbox,
         install_key: bytes,
         settings: Settings,
-        on_sent: Callable[[str, str], None] | None = None,
+        on_sent: Callable[[str, str, str | None], None] | None = None,
         prepare: Prepare | None = None,
         probe: Callable[[], object] | None = None,
         breaker_file: Path | None = None,
@@ -165,8 +165,8 @@ class Consumer:
             outbox: The session's queues.
             install_key: `Sessions.install_key()`.
             settings: SEND_TIMEOUT_S, SEND_RETRIES ...
-            on_sent: Called with (WhatsApp's id, message id) of every acknowledged message, on
-                the thread that runs `run`: `FactWriter.sent`.
+            on_sent: Called with (WhatsApp's id, message id, metadata as the ledger keeps it) of
+                every acknowledged message, on the thread that runs `run`: `FactWriter.sent`.
             prepare: `Device.prepare`, for messages that need it.
             probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
             breaker_file: Where the message breaker's count outlives this process.
@@ -589,6 +589,7 @@ class Consumer:
             recipient_hash=number_hash(self._install_key, order.recipient.user),
             now=time.time(),
             resend=order.on_unknown == "resend" and self._may_resend(job, order),
+            metadata=order.metadata_text,
         )
 
     def _may_resend(self, job: Job, order: Outgoing) -> bool:
@@ -685,7 +686,7 @@ class Consumer:
         if self._pacer is not None:
             self._know(claim.recipient_hash)
         if self._on_sent is not None and ack.wa_message_id:
-            self._on_sent(ack.wa_message_id, claim.message_id)
+            self._on_sent(ack.wa_message_id, claim.message_id, claim.metadata)
         return Outcome(
             Status.SENT,
             wa_message_id=ack.wa_message_id or None,

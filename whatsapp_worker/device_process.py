@@ -366,10 +366,10 @@ class DeviceProcess:
         self._news.set()
         self._beat_soon()
 
-    def _on_sent(self, wa_message_id: str, message_id: str) -> None:
+    def _on_sent(self, wa_message_id: str, message_id: str, metadata: str | None) -> None:
         self._liveness.alive()
         if self._writer is not None:
-            self._writer.sent(wa_message_id, message_id)
+            self._writer.sent(wa_message_id, message_id, metadata)
 
     # The leash's ticks, and the probe
 

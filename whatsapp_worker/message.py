@@ -3,6 +3,7 @@
 `content.py` has the message types.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -55,6 +56,11 @@ class Outgoing:
     on_unknown: str = "keep"
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def metadata_text(self) -> str | None:
+        """As the ledger keeps it: JSON; None where there is none."""
+        return json.dumps(self.metadata) if self.metadata else None
+
     def deadline(self, enqueued_at: float) -> float | None:
         """UTC seconds after which it must not be sent: the earlier of expires_at and ttl_s."""
         ends = [] if self.expires_at is None else [self.expires_at]
@@ -100,6 +106,15 @@ def validate(kwargs: Mapping[str, Any], *, session: str | None = None) -> Outgoi
         on_unknown=options.on_unknown,
         metadata=options.metadata or {},
     )
+
+
+def readable_metadata(given: object) -> Mapping[str, Any]:
+    """The metadata of arguments in which something else is wrong; empty where it is itself."""
+    with contextlib.suppress(InvalidMessage):
+        if isinstance(given, dict):
+            _check_metadata(given)
+            return given
+    return {}
 
 
 def _session(given: object, expected: str | None) -> str:

@@ -667,8 +667,8 @@ def _event(session: str, item: Finished) -> tuple[Event, dict[str, Any], str]:
     job, outcome, attempt = item
     event = Event.SENT if outcome.is_success else Event(f"message.{outcome.status}")
     payload = {"message_id": job.message_id, "job_id": job.id, **outcome.as_dict()}
-    if job.order is not None and job.order.metadata:
-        payload["metadata"] = job.order.metadata
+    if job.metadata:
+        payload["metadata"] = job.metadata
     what = ("message", job.message_id) if attempt else ("job", job.id, job.enqueued_at)
     return event, payload, event_id(session, *what, attempt, event)
 

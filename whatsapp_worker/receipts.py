@@ -1,6 +1,7 @@
 """Receipts and inbound messages on their way from neonize's event thread to `wa:events`."""
 
 import contextlib
+import json
 import logging
 import queue
 import threading
@@ -21,12 +22,20 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000  # facts
 _REMEMBERED = 20_000  # messages whose ids are known without asking the ledger
+_REMEMBERED_TEXT = 4 * 1024 * 1024  # characters of their metadata
 _BATCH = 200
 _LOOK_S = 1.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
 # A receipt may overtake the return of the send that it is for.
 _OVERTAKING_S = 0.5
 _RETRY_S = 0.05
+
+
+class _Message(NamedTuple):
+    """A message of the CRM."""
+
+    id: str | None
+    metadata: str | None = None  # JSON
 
 
 class _Item(NamedTuple):
@@ -59,7 +68,8 @@ class FactWriter:
         self._stream = stream
         self._ledger = ledger
         self._waiting: queue.Queue[Receipt | Inbound | None] = queue.Queue(MAX_WAITING)
-        self._known: OrderedDict[str, str] = OrderedDict()
+        self._known: OrderedDict[str, _Message] = OrderedDict()  # by WhatsApp's id
+        self._known_text = 0  # characters of metadata in it
         self._todo: deque[_Item] = deque()
         self._lock = threading.Lock()
         self._closed_at: float | None = None  # monotonic; when writing is given up
@@ -80,12 +90,18 @@ class FactWriter:
                 extra = {"session": self._session, "dropped": self._dropped}
                 log.error("facts.dropped", extra=extra)
 
-    def sent(self, wa_message_id: str, message_id: str) -> None:
-        """Remember which message of the CRM a WhatsApp id belongs to; from any thread."""
+    def sent(self, wa_message_id: str, message_id: str, metadata: str | None = None) -> None:
+        """Remember which message of the CRM a WhatsApp id belongs to; from any thread.
+
+        Args:
+            metadata: As the ledger keeps it; its receipts repeat it.
+        """
         with self._lock:
-            self._known[wa_message_id] = message_id
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
+            self._known[wa_message_id] = _Message(message_id, metadata)
+            self._known_text += len(metadata or "")
+            while len(self._known) > _REMEMBERED or self._known_text > _REMEMBERED_TEXT:
+                _, forgotten = self._known.popitem(last=False)
+                self._known_text -= len(forgotten.metadata or "")
 
     def close(self, *, timeout_s: float = 1.0) -> None:
         """Write what waits, at most for `timeout_s`, and end the thread."""
@@ -145,18 +161,20 @@ class FactWriter:
         fact = item.fact
         if isinstance(fact, Inbound):
             return self._inbound(fact)
-        message_id = self._message_id(item.wa_message_id)
+        message = self._message(item.wa_message_id)
         is_late = time.monotonic() > item.expires_at or self._closed_at is not None
-        if message_id is None and not is_late:
+        if message.id is None and not is_late:
             return None
         event = Event(f"message.{fact.kind}")
-        payload = {
-            "message_id": message_id,
+        payload: dict[str, Any] = {
+            "message_id": message.id,
             "wa_message_id": item.wa_message_id,
             "wa_id": fact.phone or _digits(fact.sender),
             "chat": fact.chat,
             "at": fact.at,
         }
+        if message.metadata:
+            payload["metadata"] = json.loads(message.metadata)
         id = event_id(self._session, "receipt", item.wa_message_id, fact.sender, event)
         return self._stream.entry(event, self._session, payload, id=id)
 
@@ -174,16 +192,16 @@ class FactWriter:
         id = event_id(self._session, "inbound", fact.chat, fact.sender, fact.wa_message_id)
         return self._stream.entry(Event.RECEIVED, self._session, payload, id=id)
 
-    def _message_id(self, wa_message_id: str) -> str | None:
+    def _message(self, wa_message_id: str) -> _Message:
         with self._lock:
             known = self._known.get(wa_message_id)
-        if known is not None or self._ledger is None:
+        if known is not None:
             return known
-        try:
-            row = self._ledger.find_by_wa_id(wa_message_id)
-        except StorageError:
-            return None  # the events process brings the receipt to its row when it can
-        return row.message_id if row is not None else None
+        row = None
+        if self._ledger is not None:
+            with contextlib.suppress(StorageError):  # then the ledger gets it when it can
+                row = self._ledger.find_by_wa_id(wa_message_id)
+        return _Message(None) if row is None else _Message(row.message_id, row.metadata)
 
 
 def _digits(jid: str) -> str:

@@ -20,7 +20,7 @@ from rq.utils import str_to_date, utcformat
 from whatsapp_worker.errors import InvalidMessage, WorkerError
 from whatsapp_worker.event_names import RANK, Status
 from whatsapp_worker.keys import SEND_MESSAGE
-from whatsapp_worker.message import Outgoing, validate
+from whatsapp_worker.message import Outgoing, readable_metadata, validate
 
 MAX_PAYLOAD = 1_048_576  # bytes of `data`, inflated
 MAX_META = 65_536  # bytes
@@ -84,6 +84,7 @@ class Job:
     problem: WorkerError | None = None
     message_id: str | None = None  # as far as it could be read
     content_hash: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     enqueued_at: float = 0.0  # UTC seconds
     status: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)  # the producer's, and our outcome
@@ -141,12 +142,15 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
     problem: WorkerError | None
     kept, problem = _read_record(fields)
     meta: Mapping[str, Any] = {}
+    metadata: Mapping[str, Any] = {}
     order = message_id = content_hash = None
     try:
         meta = _read_meta(fields.get("meta", b""))
         kwargs = _read_kwargs(fields.get("data", b""))
         message_id = _text(kwargs.get("message_id"))
         content_hash = _text(kwargs.get("content_hash"))
+        if "metadata" in kwargs:
+            metadata = readable_metadata(kwargs["metadata"])
         if problem is None:
             order = _order(kwargs, session)
             content_hash = order.content_hash
@@ -160,6 +164,7 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
         problem=problem,
         message_id=message_id,
         content_hash=content_hash,
+        metadata=metadata,
         enqueued_at=_enqueued_at(kept),
         status=kept.get("status", ""),
         meta=meta,
@@ -305,7 +310,10 @@ def fresh_fields(job: Job, session: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _wiped(job: Job, session: str) -> bytes:
-    kwargs = {"session": session, "message_id": job.message_id, "content_hash": job.content_hash}
+    kwargs: dict[str, Any] = {"session": session, "message_id": job.message_id}
+    kwargs["content_hash"] = job.content_hash
+    if job.metadata:
+        kwargs["metadata"] = job.metadata
     return zlib.compress(json.dumps([SEND_MESSAGE, None, [], kwargs]).encode())
 
 
