@@ -399,9 +399,8 @@ class Supervisor:
         wanted = self.sessions.wanted(id)
         session = self._managed.get(id)
         if wanted is None:
-            if session is not None and not session.is_gone:
-                if session.wanted.run != "delete":  # else it is our own doing
-                    log.warning("session.vanished", extra={"session": id})
+            if session is not None and not self._graves.is_digging(id):  # else our own doing
+                log.warning("session.vanished", extra={"session": id})
                 self._drop(session, now)
         elif session is None or session.wanted.created_at != wanted.created_at:
             if session is not None:
@@ -415,6 +414,7 @@ class Supervisor:
     def _drop(self, session: ManagedSession, now: float) -> None:
         """Forget a session whose record is gone."""
         del self._managed[session.id]
+        self._graves.forget(session.id)
         if session.process is not None:
             session.process.end(now, None)
 
@@ -557,7 +557,7 @@ class Supervisor:
         if self._helper is not None:
             self._helper.close(timeout_s=self._left_s(deadline))
         drained &= self._keeper.stop(timeout_s=self._left_s(deadline))
-        self._graves.stop()
+        self._graves.stop(timeout_s=min(LAST_WORDS_S, self._left_s(deadline)))
         self._announcer.stop(timeout_s=min(LAST_WORDS_S, self._left_s(deadline)))
         for companion in self._companions:
             drained &= companion.end(deadline=time.monotonic() + self._left_s(deadline))

@@ -165,6 +165,13 @@ def test_delete_offline_tries_thirty_seconds_and_says_that_the_phone_still_lists
     assert "phone still lists" in stone["why"]
 
 
+def test_an_id_that_is_used_again_can_be_deleted_again(world: World) -> None:
+    for _ in range(2):
+        world.link("sales")
+        assert operate(world, "delete", "--yes")["state"] == "deleted"
+        assert not (world.data / "sessions" / "sales").exists()
+
+
 def test_jobs_of_unknown_and_deleted_sessions_fail_within_seconds(world: World) -> None:
     unknown = world.enqueue("nobody", CONTACT, "x", "m1")
     world.link("sales")
