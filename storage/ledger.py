@@ -121,6 +121,13 @@ class Receipt:
     at: float
 
 
+class Change(NamedTuple):
+    """A row whose status a receipt changed, as it is now, and the status that it had."""
+
+    row: Row
+    was: str
+
+
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """It may be sent, now, with this secret."""
@@ -296,15 +303,13 @@ class Ledger:
 
     def receipt(self, wa_message_id: str, status: str, at: float) -> Row | None:
         """Apply one receipt: the row if its status changed. See `receipts`."""
-        return next(iter(self.receipts([Receipt(wa_message_id, status, at)], now=at)), None)
+        changes = self.receipts([Receipt(wa_message_id, status, at)], now=at)
+        return changes[0].row if changes else None
 
-    def receipts(self, found: Iterable[Receipt], *, now: float) -> list[Row]:
+    def receipts(self, found: Iterable[Receipt], *, now: float) -> list[Change]:
         """Apply receipts in one commit; only forward, so repeating is harmless.
 
         One that matches no message is kept for 24 h and applied by `apply_pending`.
-
-        Returns:
-            The rows whose status changed, as they are now.
         """
         changed = []
         with self._database.transaction() as transaction:
@@ -317,13 +322,10 @@ class Ledger:
                     changed.append(applied.changed)
         return changed
 
-    def apply_pending(self, *, now: float) -> list[Row]:
+    def apply_pending(self, *, now: float) -> list[Change]:
         """Apply the kept receipts whose message has its WhatsApp id by now; drop the old ones.
 
         Cheap when there are none: meant to be called about every second.
-
-        Returns:
-            The rows whose status changed, as they are now.
         """
         values = {"session": self.session, "before": now - PENDING_RECEIPT_S}
         if not self._database.run(_ANY_PENDING, {"session": self.session}):
@@ -457,7 +459,7 @@ class Ledger:
         after = _after(row, receipt)
         if after != row:
             transaction.execute(_APPLY, {name: getattr(after, name) for name in _APPLY_FIELDS})
-        return _Applied(True, after if after.status != row.status else None)
+        return _Applied(True, Change(after, row.status) if after.status != row.status else None)
 
     def _lock(self, transaction: Transaction, message_id: str) -> Row:
         row = _row(transaction.fetch(_FIND_LOCKED, self._key(message_id)))
@@ -503,10 +505,10 @@ class _RollBack(Exception):
 
 
 class _Applied(NamedTuple):
-    """Whether a receipt found its message, and the row if that changed its status."""
+    """Whether a receipt found its message, and what that changed."""
 
     is_matched: bool
-    changed: Row | None
+    changed: Change | None
 
 
 def _judge(row: Row, claim: Claim) -> Answer | None:

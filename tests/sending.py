@@ -140,12 +140,13 @@ class Parts:
         folder: Path,
         *,
         device: FakeDevice | None = None,
+        location: str | Path | None = None,  # of the ledger; else a SQLite file in the folder
         options: Mapping[str, Any] | None = None,  # of the consumer
         **settings: Any,
     ) -> None:
         self.device = device or FakeDevice(folder)
         self.redis = redis_client.connect(url)
-        self.ledger = Ledger.open(folder / "ledger.db", SESSION)
+        self.ledger = Ledger.open(location or folder / "ledger.db", SESSION)
         self.outbox = Outbox(self.redis, SESSION, stream=EventStream(self.redis), result_ttl_s=3600)
         self.consumer = Consumer(
             session=SESSION,
@@ -233,10 +234,12 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def check_outcomes(redis: "Redis", folder: Path, ids: list[str]) -> dict[str, int]:
+def check_outcomes(
+    redis: "Redis", folder: Path, ids: list[str], *, location: str | Path | None = None
+) -> dict[str, int]:
     """Every message ended in exactly one way, and it is the truth; how many in each."""
     received = FakeDevice(folder).received()
-    ledger = Ledger.open(folder / "ledger.db", SESSION)
+    ledger = Ledger.open(location or folder / "ledger.db", SESSION)
     counts: dict[str, int] = {}
     for id in ids:
         told = outcome(redis, id)

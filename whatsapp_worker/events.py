@@ -21,15 +21,15 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from storage.errors import StorageError
-from storage.ledger import Ledger, Receipt, Row
+from storage.ledger import Change, Ledger, Receipt, Row
 from storage.sessions import Sessions
 from whatsapp_worker import outbox, redis_client, redis_server
 from whatsapp_worker.errors import RedisUnavailable
-from whatsapp_worker.event_names import Event, Status
+from whatsapp_worker.event_names import RANK, Event, Status
 from whatsapp_worker.keys import EVENTS_STREAM, LEDGER_GROUP
-from whatsapp_worker.rq_job import Outcome
+from whatsapp_worker.recovery import finished, outcome
 from whatsapp_worker.settings import Settings
-from whatsapp_worker.stream import EventStream, event_id
+from whatsapp_worker.stream import EventStream
 
 log = logging.getLogger(__name__)
 
@@ -179,22 +179,24 @@ class ReceiptWriter:
             ledger = self._ledgers.get(session)
             if ledger is None:
                 return True
-            changed = ledger.receipts(receipts, now=time.time())
-            if again:
-                # A process killed after the commit may not have come to its jobs.
-                changed = [
-                    row
-                    for receipt in receipts
-                    if (row := ledger.find_by_wa_id(receipt.wa_message_id)) is not None
-                ]
+            changes = ledger.receipts(receipts, now=time.time())
+            # A process killed after the commit may not have come to its jobs.
+            proven = self._left_untold(ledger, receipts) if again else _proven(changes)
         except StorageError as error:
             return self._excuse(session, error)
-        self._tell(session, changed)
+        self._tell(session, proven)
         return True
+
+    def _left_untold(self, ledger: Ledger, receipts: Iterable[Receipt]) -> list[Row]:
+        """The messages of these receipts whose job says that they were not sent."""
+        found = (ledger.find_by_wa_id(receipt.wa_message_id) for receipt in receipts)
+        rows = [row for row in found if row is not None and outcome(row).is_success]
+        failed = outbox.failed_jobs(self._redis, [row.job_id for row in rows])
+        return [row for row in rows if row.job_id in failed]
 
     def _apply_pending(self, session: str, ledger: Ledger) -> None:
         try:
-            self._tell(session, ledger.apply_pending(now=time.time()))
+            self._tell(session, _proven(ledger.apply_pending(now=time.time())))
         except StorageError as error:
             self._excuse(session, error)
 
@@ -218,25 +220,14 @@ class ReceiptWriter:
         return not error.transient
 
     def _tell(self, session: str, rows: Iterable[Row]) -> None:
-        """Where a receipt proved an unknown message to be sent, its job and the CRM hear of it."""
-        rows = list(rows)
-        finished = outbox.finished_jobs(self._redis, [row.job_id for row in rows])
+        """A receipt proved that these were sent: their jobs and the CRM hear of it."""
         for row in rows:
-            if row.job_id in finished:
-                continue
-            outcome = Outcome(
-                Status(row.status),
-                wa_message_id=row.wa_message_id,
-                wa_id=row.wa_id,
-                claimed_at=row.claimed_at,
-                sent_at=row.sent_at,
-            )
-            if not outcome.is_success:
-                continue
-            if outbox.prove_sent(self._redis, row.job_id, row.message_id, outcome):
-                payload = {"message_id": row.message_id, "job_id": row.job_id, **outcome.as_dict()}
-                id = event_id(session, "message", row.message_id, row.attempt, Event.SENT)
-                self._stream.add(Event.SENT, session, payload, id=id)
+            outbox.amend(self._redis, session, finished(row), stream=self._stream)
+
+
+def _proven(changes: Iterable[Change]) -> list[Row]:
+    """Messages that nobody knew to be sent, until a receipt told."""
+    return [row for row, was in changes if RANK[Status(was)] < RANK[Status.SENT]]
 
 
 def _receipt(id: bytes, fields: Mapping[bytes, bytes]) -> _Entry | None:

@@ -390,6 +390,10 @@ class Outbox:
     def _lane(self, queue: str) -> _Lane:
         return next(lane for lane in self._lanes if lane.name == queue)
 
+    def amend(self, item: Finished) -> None:
+        """See the function of this name."""
+        amend(self._redis, self.session, item, stream=self._stream)
+
     # Later
 
     def defer(self, job: Job, at: float) -> None:
@@ -721,42 +725,53 @@ def _fail_all(
     return count
 
 
-def finished_jobs(redis: Redis, job_ids: Sequence[str]) -> set[str]:
-    """Those that RQ calls finished; one round trip, to spare `prove_sent` for nearly all."""
+def failed_jobs(redis: Redis, job_ids: Sequence[str]) -> set[str]:
+    """Those that RQ calls failed; one round trip, to spare `amend` for nearly all."""
     pipeline: Any = redis.pipeline(transaction=False)
     for job_id in job_ids:
         pipeline.hget(_job_key(job_id), "status")
     statuses = pipeline.execute() if job_ids else []
-    finished = JobStatus.FINISHED.value.encode()
-    return {id for id, status in zip(job_ids, statuses, strict=True) if status == finished}
+    failed = JobStatus.FAILED.value.encode()
+    return {id for id, status in zip(job_ids, statuses, strict=True) if status == failed}
 
 
-def prove_sent(redis: Redis, job_id: str, message_id: str, outcome: Outcome) -> bool:
-    """A receipt proved that an unknown message was sent: say so in its job, too.
+def amend(redis: Redis, session: str, item: Finished, *, stream: EventStream) -> None:
+    """An unknown message turned out to be sent, or not: its job and the stream say so, in one
+    transaction. Repeating is harmless.
 
-    Only in a job that says `unknown` of this message; others are left alone. Its time to live
-    stays. Repeating is harmless.
-
-    Returns:
-        Whether the job was changed.
+    A job that is gone, or not finished yet, is left alone, and the stream is told all the same;
+    nobody is told what the job says already. Its time to live stays.
     """
     client: Any = redis
-    key = _job_key(job_id)
+    key = _job_key(item.job.id)
+    client.transaction(lambda pipeline: _amend(pipeline, session, item, stream), key)
+
+
+def _amend(pipeline: Any, session: str, item: Finished, stream: EventStream) -> None:
+    job, outcome, _ = item
+    key = _job_key(job.id)
     names = ("data", "meta", "status", "origin")
-    fields = dict(zip(names, client.hmget(key, names), strict=True))
-    if not fields["data"] or not fields["origin"]:
-        return False
-    queue = fields["origin"].decode()
-    present = {name: value for name, value in fields.items() if value}
-    job = decode(job_id.encode(), present, session="", queue=queue)
-    if job.message_id != message_id or not job.outcome or job.outcome.status != Status.UNKNOWN:
-        return False
-    meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
-    expires_at = int(time.time()) + max(1, int(client.ttl(key)))
-    pipeline = client.pipeline(transaction=True)
-    pipeline.hset(key, mapping={"status": JobStatus.FINISHED.value, "meta": meta})
-    pipeline.xadd(f"{RQ_KEY_PREFIX}:results:{job_id}", _result(outcome), maxlen=10)
-    pipeline.zrem(f"{RQ_KEY_PREFIX}:failed:{queue}", job_id)
-    pipeline.zadd(f"{RQ_KEY_PREFIX}:finished:{queue}", {job_id: expires_at})
-    pipeline.execute()
-    return True
+    found = zip(names, pipeline.hmget(key, names), strict=True)
+    fields = {name: value for name, value in found if value}
+    queue = fields.get("origin", b"").decode(errors="replace")
+    present = decode(job.raw_id, fields, session=session, queue=queue)
+    known = present.outcome if present.message_id == job.message_id else None
+    left_s = pipeline.ttl(key)
+    pipeline.multi()
+    if known is not None and (known.is_success or known.status == outcome.status):
+        return
+    name, payload, id = _event(session, item)
+    entry = stream.entry(name, session, payload, id=id)
+    pipeline.xadd(EVENTS_STREAM, entry, maxlen=stream.events_max, approximate=False)
+    if known is None:
+        return
+    status = JobStatus.FINISHED if outcome.is_success else JobStatus.FAILED
+    meta = json.dumps({**present.meta, "outcome": outcome.as_dict()})
+    pipeline.hset(key, mapping={"status": status.value, "meta": meta})
+    pipeline.xadd(f"{RQ_KEY_PREFIX}:results:{job.id}", _result(outcome), maxlen=10)
+    for registry in ("finished", "failed"):
+        pipeline.zrem(f"{RQ_KEY_PREFIX}:{registry}:{queue}", job.id)
+    until = int(time.time()) + left_s if left_s > 0 else float("inf")
+    pipeline.zadd(f"{RQ_KEY_PREFIX}:{status.value}:{queue}", {job.id: until})
+    if left_s > 0:
+        pipeline.expire(f"{RQ_KEY_PREFIX}:results:{job.id}", left_s)

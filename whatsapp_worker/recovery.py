@@ -4,9 +4,12 @@ A row of the ledger that is `sending` was claimed and not settled. The outcome t
 holds is the stronger word; else the device database tells whether it was ever handed over.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from storage.ledger import Ledger, Row, Settlement
 from whatsapp_worker.event_names import Status
@@ -37,24 +40,46 @@ def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:
         RedisError, StorageError: As their calls do; call it again.
     """
     rows = ledger.sending()
-    jobs = outbox.limbo()
+    jobs = [_named(job, rows) for job in outbox.limbo()]
     found = handed_over([row.secret for row in rows if row.secret])
     released = []
     for row in rows:
         settlement = _judge(row, jobs, found, ledger)
+        if settlement is None and not outbox.job_exists(row.job_id):
+            error = "its job is gone"
+            settlement = Settlement(row.message_id, Status.FAILED, error=error, at=time.time())
         if settlement is None:
             released.append(row)
         else:
             ledger.settle(settlement)
-    outbox.exchange(list(_settled_among(jobs, ledger)), pop=False)
+    settled = list(_settled_among(jobs, ledger))
+    outbox.exchange(settled, pop=False)
     outbox.resync()
+    _look_again(settled, ledger, outbox)
     # Only now: a row that is `failed` while its job is in limbo would count as its outcome.
     for row in released:
-        error = NOT_HANDED_OVER if outbox.job_exists(row.job_id) else "its job is gone"
-        ledger.settle(Settlement(row.message_id, Status.FAILED, error=error, at=time.time()))
+        at = time.time()
+        ledger.settle(Settlement(row.message_id, Status.FAILED, error=NOT_HANDED_OVER, at=at))
     if rows or jobs:
         counts = {"rows": len(rows), "released": len(released), "jobs": len(jobs)}
         log.info("consumer.recovered", extra={"session": outbox.session, **counts})
+
+
+def _named(job: Job, rows: Iterable[Row]) -> Job:
+    """A job whose record is gone tells the message of its row."""
+    row = next((row for row in rows if row.job_id == job.id and not job.exists), None)
+    if row is None:
+        return job
+    return replace(job, message_id=row.message_id, metadata=_metadata(row))
+
+
+def _look_again(settled: Iterable[Finished], ledger: Ledger, outbox: Outbox) -> None:
+    """A receipt may have settled an unknown message before its job said that it is unknown; then
+    who read the receipt found nothing to correct."""
+    for job, told, _ in settled:
+        row = ledger.find(job.message_id or "") if told.status == Status.UNKNOWN else None
+        if row is not None and row.status != Status.UNKNOWN:
+            outbox.amend(finished(row))
 
 
 def _judge(
@@ -119,6 +144,17 @@ def settlement(message_id: str, outcome: Outcome) -> Settlement:
         error=outcome.error,
         at=outcome.sent_at or time.time(),
     )
+
+
+def finished(row: Row) -> Finished:
+    """What the ledger knows, for `outbox.amend`, which looks for the job itself."""
+    id, message_id, metadata = row.job_id, row.message_id, _metadata(row)
+    job = Job(id, id.encode(), message_id=message_id, metadata=metadata, exists=False)
+    return Finished(job, outcome(row), row.attempt)
+
+
+def _metadata(row: Row) -> Mapping[str, Any]:
+    return json.loads(row.metadata) if row.metadata else {}
 
 
 def outcome(row: Row) -> Outcome:

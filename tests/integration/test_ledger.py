@@ -264,8 +264,8 @@ def test_a_receipt_before_its_message_waits_for_it(ledger: Ledger) -> None:
     assert ledger.apply_pending(now=4.0) == []
     assert ledger.pending_receipts() == [Receipt("WA1", "delivered", 3.0)]
     ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=4.0))
-    (row,) = ledger.apply_pending(now=5.0)
-    assert (row.status, row.sent_at, row.delivered_at) == ("delivered", 4.0, 3.0)
+    ((row, was),) = ledger.apply_pending(now=5.0)
+    assert (was, row.status, row.sent_at, row.delivered_at) == ("sent", "delivered", 4.0, 3.0)
     assert ledger.pending_receipts() == []
     assert ledger.apply_pending(now=6.0) == []
 
@@ -289,8 +289,8 @@ def test_a_receipt_of_a_former_attempt_proves_the_message_once_the_present_one_i
     assert ledger.receipt("WA1", "delivered", 4.0) is None
     assert len(ledger.sending()) == 1
     ledger.settle(Settlement("m1", "failed", at=5.0))
-    (row,) = ledger.apply_pending(now=6.0)
-    assert (row.status, row.wa_message_id) == ("delivered", "WA1")
+    ((row, was),) = ledger.apply_pending(now=6.0)
+    assert (was, row.status, row.wa_message_id) == ("failed", "delivered", "WA1")
     assert [former.status for former in ledger.attempts("m1")] == ["delivered"]
 
 

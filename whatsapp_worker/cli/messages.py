@@ -11,7 +11,7 @@ from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import columns, emit, moment, paint, printable
 from whatsapp_worker.errors import CommandFailed, RedisUnavailable, UsageError
-from whatsapp_worker.event_names import Event, Status
+from whatsapp_worker.event_names import Status
 from whatsapp_worker.rq_job import Outcome
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
@@ -98,8 +98,7 @@ def cancel_message(options: Options, settings: Settings) -> int:
 def resolve_message(options: Options, settings: Settings) -> int:
     """Serve `messages resolve SESSION MESSAGE_ID sent|failed`: an operator looked at the phone."""
     from whatsapp_worker import outbox
-    from whatsapp_worker.recovery import outcome
-    from whatsapp_worker.stream import event_id
+    from whatsapp_worker.recovery import finished
 
     host = Host(settings)
     status, now = Status(options.status), time.time()
@@ -113,14 +112,9 @@ def resolve_message(options: Options, settings: Settings) -> int:
             )
         error = "an operator found that it was not sent" if status == Status.FAILED else None
         row = ledger.resolve(Settlement(options.message, status, error=error, at=now)) or row
-        found = outcome(row)
-        if found.is_success:
-            outbox.prove_sent(redis, row.job_id, row.message_id, found)
-        event = Event.SENT if found.is_success else Event.FAILED
-        payload = {"message_id": row.message_id, "job_id": row.job_id, **found.as_dict()}
-        id = event_id(options.session, "message", row.message_id, row.attempt, event)
-        stream.add(event, options.session, payload, id=id)
-    _tell(options, found)
+        item = finished(row)
+        outbox.amend(redis, options.session, item, stream=stream)
+    _tell(options, item.outcome)
     return 0
 
 
