@@ -27,7 +27,12 @@ MAX_CARDS = 50
 MAX_URL = 4096
 
 _PERSON = r"\+?[0-9]{7,15}|[0-9]{7,15}@(s\.whatsapp\.net|c\.us)|[0-9]{1,20}@lid"
-_URL = r"[Hh][Tt][Tt][Pp][Ss]?://[!-~]+"
+ADDRESS = rf"{_PERSON}|[0-9]{{10,25}}(-[0-9]{{9,11}})?@g\.us"  # what `recipient.parse` takes
+# Without a user name: no @ before the path.
+_URL = r'[Hh][Tt][Tt][Pp][Ss]?://[!"$-.0->A-~]+([/?#][!-~]*)?'
+_STEP = r"(?!\.{1,2}(/|$))[^\x00-\x1f\x7f\\/]+"
+_PATH = rf"{_STEP}(/{_STEP})*"
+_DEGREES = r"-?[0-9]{1,3}(\.[0-9]{1,20})?"
 _FIRST_URL = re.compile(r"https?://[^\s<>\"]+", re.IGNORECASE)
 _MEDIA = frozenset({"image", "video", "audio", "document", "sticker"})
 
@@ -81,7 +86,7 @@ def _not_blank(text: str) -> str:
 
 def _number(value: Any) -> Any:
     """Meta's examples give coordinates as strings."""
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,3}(\.[0-9]{1,20})?", value):
+    if isinstance(value, str) and re.fullmatch(_DEGREES, value):
         return float(value)
     return value
 
@@ -102,12 +107,22 @@ Person = Annotated[str, AfterValidator(_person), _described(_PERSON)]
 Mentions = Annotated[list[Person], Field(max_length=MAX_MENTIONS)]
 Link = Annotated[str, AfterValidator(_link), _described(_URL, maxLength=MAX_URL)]
 FilePath = Annotated[
-    str, Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f\\]+$"), AfterValidator(_inside)
+    str,
+    Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f\\]+$"),
+    AfterValidator(_inside),
+    _described(_PATH, maxLength=1024),
 ]
 
 
 def _degrees(limit: int) -> Any:
-    return Annotated[float, BeforeValidator(_number), Field(ge=-limit, le=limit)]
+    number = {"type": "number", "minimum": -limit, "maximum": limit}
+    text = {"type": "string", "pattern": f"^({_DEGREES})$"}
+    return Annotated[
+        float,
+        BeforeValidator(_number),
+        Field(ge=-limit, le=limit),
+        WithJsonSchema({"anyOf": [number, text]}),
+    ]
 
 
 class Reference(_Strict):
@@ -137,7 +152,7 @@ class Message(_Strict):
 
     messaging_product: Literal["whatsapp"] | None = None
     recipient_type: Literal["individual", "group"] | None = None
-    to: str | None = None
+    to: Annotated[str, _described(ADDRESS)] | None = None
     biz_opaque_callback_data: Annotated[str, Field(max_length=512)] | None = None
 
     def content(self) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from whatsapp_worker import content, message
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _SESSION = "[a-z0-9][a-z0-9_-]{0,63}"
-_TO = (
-    r"\+?[0-9]{7,15}|[0-9]{7,15}@(s\.whatsapp\.net|c\.us)|[0-9]{1,20}@lid"
-    r"|[0-9]{10,25}(-[0-9]{9,11})?@g\.us"
-)
 
 
 def schema() -> dict[str, Any]:
-    """The whole schema; what it accepts the worker accepts, but for `message.to` unlike `to`."""
+    """The whole schema. What it refuses the worker refuses, and what it accepts the worker accepts,
+    but for what no schema says: a `message.to` unlike `to`, a `from` that a group needs, more
+    votes than a poll has options, limits of what a text spells (a port, degrees), lengths in bytes
+    (metadata, steps of a path).
+    """
     definitions: dict[str, Any] = {}
     messages = [_define(model, definitions) for model in content.MODELS]
     options = message.Options.model_json_schema()
@@ -28,7 +28,7 @@ def schema() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "session": {"type": "string", "pattern": f"^{_SESSION}$"},
-            "to": {"type": "string", "pattern": f"^({_TO})$"},
+            "to": {"type": "string", "pattern": f"^({content.ADDRESS})$"},
             "message": {"oneOf": messages},
             **_plain(options["properties"]),
         },

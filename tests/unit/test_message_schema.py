@@ -2,8 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,3 +47,60 @@ def test_every_recipient_that_it_refuses_is_refused(to):
         except InvalidMessage:
             return
         raise AssertionError(to)
+
+
+# Of draft 2020-12, as far as it is used here; a validator ignores words that it does not know.
+KEYWORDS = {
+    *("$schema", "$defs", "$ref", "title", "description", "default", "type", "const", "enum"),
+    *("properties", "required", "additionalProperties", "items", "uniqueItems", "pattern"),
+    *("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum"),
+    *("anyOf", "oneOf"),
+}
+
+
+def words(part: Any) -> Iterator[str]:
+    """Every keyword, wherever it stands."""
+    for name, value in part.items():
+        yield name
+        if name in ("properties", "$defs"):
+            inner = list(value.values())
+        elif name in ("anyOf", "oneOf"):
+            inner = value
+        else:
+            inner = [value] if name in ("items", "additionalProperties") else []
+        for one in inner:
+            yield from words(one) if isinstance(one, dict) else ()
+
+
+def test_every_keyword_is_one_of_json_schema():
+    assert set(words(schema())) <= KEYWORDS
+
+
+def fits(definition: str, name: str, value: Any) -> bool:
+    """Whether a field of a definition takes a value; for the keywords of these fields only."""
+    field = schema()["$defs"][definition]["properties"][name]
+    return any(
+        isinstance(value, str) and re.search(way["pattern"], value) is not None
+        if way["type"] == "string"
+        else not isinstance(value, str) and way["minimum"] <= value <= way["maximum"]
+        for way in field["anyOf"]
+        if way["type"] != "null"
+    )
+
+
+@pytest.mark.parametrize(
+    ("definition", "name", "good", "bad"),
+    [
+        ("Location", "latitude", [90, -23.5, "-46.63"], [90.1, "north", "1e3"]),
+        ("CaptionedMedia", "file", ["a.jpg", "..a/b..c/.d"], ["../a", "/a", "a/./b", "a//b", "a/"]),
+        (
+            "CaptionedMedia",
+            "link",
+            ["http://a.example/@b"],
+            ["https://user:secret@a.example", "/"],
+        ),
+        ("TextMessage", "to", ["+5511999990001", "1@lid"], ["nobody", "12"]),
+    ],
+)
+def test_a_field_of_the_schema_takes_what_the_worker_takes(definition, name, good, bad):
+    assert [value for value in [*good, *bad] if fits(definition, name, value)] == good
