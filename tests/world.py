@@ -164,11 +164,13 @@ class World:
         )
         return self.state(session)
 
-    def enqueue(self, session: str, to: str, text: str, message_id: str, **extra: Any) -> Job:
+    def enqueue(
+        self, session: str, to: str, text: str, message_id: str, *, queue: str = "", **extra: Any
+    ) -> Job:
         """As a CRM does it: plain RQ, none of our code."""
-        queue = Queue(f"wa:out:{session}", connection=self.redis, serializer=JSONSerializer)
+        name = queue or f"wa:out:{session}"
         message = {"type": "text", "text": {"body": text}}
-        return queue.enqueue(
+        return Queue(name, connection=self.redis, serializer=JSONSerializer).enqueue(
             "jobs.outbound.send_message",
             description="send_message",
             kwargs={

@@ -1,7 +1,7 @@
-"""One neonize client: the only file that imports neonize.
+"""One neonize client: the only file that calls neonize.
 
-neonize is imported by `Device.load`, never at import of this file: the fork helper imports this
-file, and a process forked from one that has loaded neonize has no Go runtime.
+neonize's library is loaded by `Device.load`, never at import of this file: the fork helper imports
+this file, and a process forked from one that has loaded the library has no Go runtime.
 
 neonize keeps its clients in Go maps without a lock. One process builds one client, connects it
 once, never stops it and ends by `os._exit`, so nothing ever writes those maps beside a reader:
@@ -10,23 +10,19 @@ until the first event came through, `is_connected` does not ask.
 
 import contextlib
 import ctypes
-import importlib
-import importlib.util
 import logging
 import mmap
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
-from whatsapp_worker import compose, facts
+from whatsapp_worker import compose, facts, neonize_loader
 from whatsapp_worker.content import preview_url
 from whatsapp_worker.errors import SendError
 from whatsapp_worker.facts import Fact, ReceiptKind
@@ -63,47 +59,6 @@ _INBOUND_TYPES = {
     "contactsArrayMessage": "contacts",
     "reactionMessage": "reaction",
 }
-
-
-# neonize's generated protobuf modules, its largest part beside the Go library; see `preload`.
-_PROTOBUFS = (
-    "Neonize_pb2",
-    "waConsumerApplication.WAConsumerApplication_pb2",
-    "waMsgApplication.WAMsgApplication_pb2",
-    "waCompanionReg.WAWebProtobufsCompanionReg_pb2",
-)
-_preloaded: dict[str, ModuleType] = {}
-
-
-def preload() -> None:
-    """Load neonize's protobuf classes and nothing else of it, for the fork helper.
-
-    neonize's modules import each other as top-level packages from its folder `proto`, and so do
-    we. A child finds them under neonize's own names, too, instead of building them again.
-    """
-    find_libmagic()
-    spec = importlib.util.find_spec("neonize")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    folder = str(Path(spec.submodule_search_locations[0]) / "proto")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    for name in _PROTOBUFS:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    for name, module in tuple(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(folder):
-            _preloaded[f"neonize.proto.{name}"] = module
-
-
-def find_libmagic() -> None:
-    """Import `magic`, which neonize needs and which needs a C library that slim systems lack:
-    there the copy that a package brings is taken. neonize cannot be imported without."""
-    try:
-        importlib.import_module("magic")
-    except ImportError:
-        importlib.import_module("pylibmagic")  # sets the variables that `magic` and C read
-        importlib.import_module("magic")
 
 
 class SendFailed(SendError):
@@ -152,6 +107,7 @@ class Device:
         self._media = media
         self._mine: frozenset[str] = frozenset()  # our own number and hidden id
         self._numbers: dict[str, str] = {}  # by hidden id
+        self._addresses: dict[str, Any] = {}  # where a number's messages go
         self._client: Any = None
         self._jid_class: Any = None
         self._is_live = False
@@ -167,10 +123,7 @@ class Device:
             from whatsapp_worker.sandbox import patch
 
             patch.check_environment(os.environ)
-        sys.modules.update(_preloaded)
-        find_libmagic()
-        import neonize.client as library
-
+        library = neonize_loader.load()
         if self._network == "sandbox":
             patch.trust_sandbox()
         self._quieten(library)
@@ -267,7 +220,7 @@ class Device:
         )
         message.messageContextInfo.messageSecret = secret
         try:
-            answer = self._client.send_message(self._parse_jid(recipient), message)
+            answer = self._client.send_message(self._address(recipient), message)
         except Exception as error:
             raise SendFailed(str(error)) from error
         return SendAck(answer.ID, self._resolved(answer.Chat, recipient), float(answer.Timestamp))
@@ -285,14 +238,41 @@ class Device:
         except Exception as error:
             raise SendFailed(str(error)) from error
 
+    def _address(self, recipient: str) -> Any:
+        """Where the messages of a chat go: for a number, to the hidden id behind it.
+
+        WhatsApp knows some numbers by another than is dialled (Brazil's ninth digit), and says so
+        to who asks whether they are a contact. whatsmeow would ask for the number as an address,
+        which finds nobody then; asked here first, it needs not ask: no round trip more.
+
+        Raises:
+            Exception: neonize's; nothing was sent.
+        """
+        if recipient in self._addresses:
+            return self._addresses[recipient]
+        jid = self._parse_jid(recipient)
+        if jid.Server != "s.whatsapp.net" or not self.is_connected():
+            return jid
+        found = self._client.get_lid_from_pn(jid)  # what the device database remembers
+        if not found.User:
+            answers = self._client.is_on_whatsapp(f"+{jid.User}")
+            found = next((answer.JID for answer in answers if answer.IsIn), None)
+            if found is None:
+                return jid  # whatsmeow has the words for it
+        if len(self._addresses) >= _MAX_NUMBERS:
+            self._addresses.clear()
+        self._addresses[recipient] = found
+        return found
+
     def _resolved(self, chat: Any, recipient: str) -> str:
         """The number that a message went to: WhatsApp knows some by another than was dialled
         (Brazil's ninth digit), and answers with a hidden id that stands for it."""
         if chat.Server == "s.whatsapp.net" and chat.User:
             return str(chat.User)
-        if chat.Server != "lid" or not self.is_connected():  # neonize aborts without a live client
+        if chat.Server != "lid":
             return _wa_id(recipient)
-        if chat.User not in self._numbers:
+        # Without a live client neonize aborts the process.
+        if chat.User not in self._numbers and self.is_connected():
             with contextlib.suppress(Exception):  # not known: what was asked for has to do
                 number = self._client.get_pn_from_lid(chat)
                 if len(self._numbers) >= _MAX_NUMBERS:
@@ -310,7 +290,7 @@ class Device:
 
         try:
             self._client.send_chat_presence(
-                self._parse_jid(recipient),
+                self._address(recipient),
                 ChatPresence.CHAT_PRESENCE_COMPOSING,
                 ChatPresenceMedia.CHAT_PRESENCE_MEDIA_TEXT,
             )
@@ -320,23 +300,15 @@ class Device:
     def _mark_read(self, chat: str, read: Mapping[str, Any]) -> SendAck:
         from neonize.utils.enum import ReceiptType
 
-        where = self._hidden(parse(chat).jid)
-        sender = self._hidden(parse(read.get("from", chat)).jid)
         try:
+            where = self._address(parse(chat).jid)
+            sender = self._address(parse(read.get("from", chat)).jid)
             self._client.mark_read(
                 read["message_id"], chat=where, sender=sender, receipt=ReceiptType.READ
             )
         except Exception as error:
             raise SendFailed(str(error)) from error
         return SendAck("", _wa_id(chat), time.time())
-
-    def _hidden(self, jid: str) -> Any:
-        """A person's LID where it is known: messages come from there, and so do their receipts."""
-        found = self._parse_jid(jid)
-        if found.Server == "s.whatsapp.net":
-            with contextlib.suppress(Exception):
-                return self._client.get_lid_from_pn(found)
-        return found
 
     def pair_phone(self, phone: str) -> str:
         """Ask for a pairing code (ABCD-EFGH) for this phone's digits; after the first QrCode.

@@ -1,0 +1,141 @@
+"""How messages leave on the real path: who goes first, to which number, and when WhatsApp wants
+less of them or none at all. Counted at the sandbox."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rq.job import Job
+from world import World, eventually
+
+from whatsapp_worker import client
+from whatsapp_worker.client import Outbox
+
+CONTACT = "5521988880001"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    it = World(tmp_path_factory.mktemp("outbound"))
+    try:
+        yield it.start()
+    finally:
+        it.close()
+        print(it.logs())
+
+
+class Limited:
+    """A session that WhatsApp asked to send less, and what waits in it."""
+
+    def __init__(self, world: World) -> None:
+        self.phone = world.link("limited")
+        world.await_outcomes([world.enqueue("limited", CONTACT, "text 0", "m0")])
+        world.control.send_fault("refuse", self.phone, code=463, count=1)
+        texts = [(f"text {n}", f"m{n}") for n in range(1, 5)]
+        self.jobs = [world.enqueue("limited", CONTACT, *text) for text in texts]
+        self.queue: dict[str, Any] = eventually(
+            lambda: paused(world, "limited"), what="WhatsApp's wish is obeyed"
+        )
+
+
+def paused(world: World, session: str) -> dict[str, Any] | None:
+    queue: dict[str, Any] = world.session(session)["queue"]
+    return queue if queue["state"] == "paused" else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(world: World) -> Limited:
+    """First of all: its pause of a minute passes while the other tests run."""
+    return Limited(world)
+
+
+def texts_of(world: World, phone: str) -> list[str]:
+    return [row["text"] for row in world.arrived(sender=phone)]
+
+
+def test_high_priority_overtakes_what_waits_and_each_lane_keeps_its_order(world: World) -> None:
+    phone = world.link("lanes")
+    world.control.send_fault("slow", phone, delay_s=0.05, seconds=60)
+    out = Outbox(world.redis)
+
+    def enqueue(lane: Any, count: int) -> list[Job]:
+        drafts = [
+            client.text(CONTACT, f"{lane} {n}", message_id=f"{lane}-{n}", priority=lane)
+            for n in range(count)
+        ]
+        return out.send_many("lanes", drafts)
+
+    jobs = enqueue("normal", 60)
+    before = len(eventually(lambda: texts_of(world, phone)[5:], what="it is under way")) + 5
+    jobs += enqueue("high", 20)
+    # A CRM in another language chooses the lane by the queue.
+    jobs.append(world.enqueue("lanes", CONTACT, "raw", "raw", queue="wa:out:lanes:high"))
+    assert {outcome["status"] for outcome in world.await_outcomes(jobs)} == {"sent"}
+    texts = texts_of(world, phone)
+    first = texts.index("high 0")
+    assert first <= before + 4, "the one in hand, and the one popped behind it"
+    assert texts[first : first + 21] == [*(f"high {n}" for n in range(20)), "raw"]
+    assert [t for t in texts if "normal" in t] == [f"normal {n}" for n in range(60)]
+
+
+def test_a_message_goes_to_the_number_that_whatsapp_knows_and_wa_id_tells_it(world: World) -> None:
+    """Brazil's ninth digit: dialled with it, known without it."""
+    dialled, known = "5569991110001", "556991110001"
+    world.control.number_alias(dialled, known)
+    phone = world.link("brazil")
+    jobs = [world.enqueue("brazil", f"+{dialled}", f"text {n}", f"b{n}") for n in range(3)]
+    jobs.append(world.enqueue("brazil", known, "as it is known", "b3"))
+    outcomes = world.await_outcomes(jobs)
+    assert [(o["status"], o["wa_id"]) for o in outcomes] == [("sent", known)] * 4
+    assert [row["to"] for row in world.arrived(sender=phone)] == [known] * 4
+    # A new process knows nothing of it and finds it again.
+    assert world.run("restart", "brazil").returncode == 0
+    [again] = world.await_outcomes([world.enqueue("brazil", dialled, "again", "b4")])
+    assert (again["status"], again["wa_id"]) == ("sent", known)
+    eventually(lambda: world.status_of("brazil", "b4") == "delivered", what="its receipt")
+
+
+def test_while_a_number_is_banned_its_messages_wait_and_go_out_when_the_ban_ends(
+    world: World,
+) -> None:
+    phone = world.link("banned")
+    world.control.connect_failure(402, phone, expire=6)
+    world.control.drop(phone)
+    state = world.await_state("banned", "banned")
+    assert state["reason"] == "wa-temporary-ban"
+    assert 3 < state["banned_until"] - time.time() <= 6.5
+    jobs = [world.enqueue("banned", CONTACT, f"text {n}", f"x{n}") for n in range(3)]
+    dials = len(world.control.connections(phone))
+    shown = world.session("banned")
+    assert (shown["state"], shown["queue"]["depth"]) == ("banned", 3)
+    assert shown["banned_until"] == state["banned_until"]
+    eventually(lambda: time.time() > state["banned_until"] - 0.5, what="it is nearly over")
+    assert world.state("banned")["state"] == "banned"
+    assert len(world.control.connections(phone)) == dials, "a banned number dials nobody"
+    assert [job.get_status() for job in jobs] == ["queued"] * 3
+    assert world.arrived(sender=phone) == []
+    outcomes = world.await_outcomes(jobs)
+    assert {outcome["status"] for outcome in outcomes} == {"sent"}
+    assert min(outcome["claimed_at"] for outcome in outcomes) > state["banned_until"]
+    assert texts_of(world, phone) == ["text 0", "text 1", "text 2"]
+
+
+def test_a_rate_limit_pauses_the_session_loses_nothing_and_ends(
+    world: World, limited: Limited
+) -> None:
+    until = limited.queue["until"]
+    assert "WhatsApp asked this number to pause" in limited.queue["reason"]
+    if time.time() < until - 1:
+        assert paused(world, "limited") == limited.queue
+        assert [job.get_status() for job in limited.jobs] == ["queued"] * 4
+        assert texts_of(world, limited.phone) == ["text 0"]
+    outcomes = world.await_outcomes(limited.jobs, within_s=90)
+    assert [outcome["status"] for outcome in outcomes] == ["sent"] * 4
+    assert min(outcome["claimed_at"] for outcome in outcomes) >= until - 0.01
+    assert texts_of(world, limited.phone) == [f"text {n}" for n in range(5)]
+    rows = world.control.messages(sender=limited.phone, refused=True)
+    assert [row["times"] for row in rows if row["refused"]] == [1], "asked once, and obeyed"
+    stream = [fields[b"event"] for _, fields in world.redis.xrange("wa:events")]
+    assert b"message.failed" not in stream
+    assert world.session("limited")["queue"]["state"] in ("idle", "running")
