@@ -44,13 +44,18 @@ _WORDS = (
 _STOP_CODES = frozenset({420, 429, 463})
 _TRANSIENT_CODES = frozenset({408, 500, 502, 503, 504})
 _CODE = re.compile(r"server returned error (\d{1,6})")
+# Of a question that comes before a message is encrypted: who is behind a number, which devices it
+# has, who is in a group. Most refusals of one concern all: they must not fail a whole queue.
+_QUERY_CODE = re.compile(r"info query returned status (\d{1,6})")
+_RECIPIENT_CODES = frozenset({400, 404, 406})
 
 
 def classify(text: str) -> Kind:
     """What neonize's error text says about the message; what nobody knows is `UNSURE`."""
-    code = _CODE.search(text)
-    if code is not None:
+    if code := _CODE.search(text):
         return _of_code(int(code[1]))
+    if code := _QUERY_CODE.search(text):
+        return _of_query(int(code[1]))
     return next((kind for words, kind in _WORDS if words in text), Kind.UNSURE)
 
 
@@ -58,3 +63,9 @@ def _of_code(code: int) -> Kind:
     if code in _STOP_CODES:
         return Kind.STOP_SENDING
     return Kind.TRANSIENT if code in _TRANSIENT_CODES else Kind.RECIPIENT
+
+
+def _of_query(code: int) -> Kind:
+    if code in _STOP_CODES:
+        return Kind.STOP_SENDING
+    return Kind.RECIPIENT if code in _RECIPIENT_CODES else Kind.TRANSIENT
