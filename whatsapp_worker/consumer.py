@@ -1,7 +1,11 @@
 """The loop that sends: takes jobs in order, claims, sends, settles, finishes.
 
     recover() once, before connecting: what an earlier process left behind is settled
-    run()     while connected, in the main thread, until asked to stop or a send goes astray
+    run()     while connected, until asked to stop or a send goes astray
+
+The caller of `run` watches. The loop, which also sends, has a thread of its own that can be left
+behind in a send, and another exchanges with Redis while a send is under way: so nothing is handed
+from thread to thread between the end of one send and the start of the next.
 
 One message, step by step; a process killed between any two of them loses nothing:
 
@@ -54,7 +58,7 @@ from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.pacer import Pacer, pace_of
 from whatsapp_worker.rq_job import Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
-from whatsapp_worker.sender import Sender
+from whatsapp_worker.sender import Limit, Sender
 from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _IDLE_WAIT_S = 1.0  # between two turns of an idle loop
-_LOOK_S = 0.25  # between two looks at `stop` while a send is under way
+_LOOK_S = 0.25  # between two looks at `stop` while a file is prepared
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _TIDY_S = 60.0
@@ -160,14 +164,14 @@ class Consumer:
 
         Args:
             session: Its id.
-            send: `Device.send`; called on a thread of its own, as are prepare and probe.
+            send: `Device.send`; called on the loop's thread, as are probe and show_typing.
             ledger: Open.
             outbox: The session's queues.
             install_key: `Sessions.install_key()`.
             settings: SEND_TIMEOUT_S, SEND_RETRIES ...
             on_sent: Called with (WhatsApp's id, message id, metadata as the ledger keeps it) of
-                every acknowledged message, on the thread that runs `run`: `FactWriter.sent`.
-            prepare: `Device.prepare`, for messages that need it.
+                every acknowledged message, on the loop's thread: `FactWriter.sent`.
+            prepare: `Device.prepare`, for messages that need it; on a thread of its own.
             probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
             breaker_file: Where the message breaker's count outlives this process.
             on_breaker: Told of `breaker.opened` and `breaker.closed`, for the supervisor's alert;
@@ -178,8 +182,8 @@ class Consumer:
             standing: `Hold.read`; asked several times a second.
             pace_file: Where what was sent lately outlives this process; unused without a pace.
             show_typing: `Device.show_typing`.
-            on_rest: Told, on the thread that runs `run`, that `queue_state` has another reason to
-                rest, or none any more.
+            on_rest: Told, on the loop's thread, that `queue_state` has another reason to rest, or
+                none any more.
         """
         self.session = session
         self.progressed_at = time.monotonic()  # of the last tick; a ticking wait is progress
@@ -204,7 +208,10 @@ class Consumer:
         self._known_contacts: set[str] = set()  # hashes of numbers that were written to
         self._show_typing = show_typing
         self._is_held = False  # what is next was enqueued for another number
-        self._sender: Sender[Any] = Sender()
+        self._loop: Sender[Ending] = Sender("consumer")
+        self._exchanger: Sender[bool] = Sender("exchange")
+        self._preparer: Sender[Any] | None = None  # made for the first file
+        self._limit = Limit()
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
@@ -235,6 +242,7 @@ class Consumer:
         self._stop_at = asked if self._stop_at is None else min(self._stop_at, asked)
         with contextlib.suppress(OSError):
             os.write(self._waker, b"!")
+        self._loop.nudge()
 
     @property
     def is_idle(self) -> bool:
@@ -302,7 +310,32 @@ class Consumer:
         Raises:
             StorageError: The ledger is broken or too new; trying again does not help.
         """
-        self._sender.start()
+        self._exchanger.start()
+        self._loop.start()
+        self._loop.begin(self._send_all)
+        while True:
+            left_s = self._limit.left_s(self._stop_at)
+            wait_s = _IDLE_WAIT_S if left_s is None else min(left_s, _IDLE_WAIT_S)
+            ending = self._loop.answer(wait_s)
+            if isinstance(ending, Exception):
+                raise ending
+            if ending is not None:
+                log.info("consumer.ended", extra={"session": self.session, "why": ending})
+                return ending
+            if left_s is not None:
+                self._tick()  # a call in hand is progress until its time is over
+            if self._limit.give_up(self._stop_at):
+                return self._given_up()
+
+    def _given_up(self) -> Ending:
+        """The loop's thread is lost to a call, and the process must end."""
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            return Ending.NOT_DRAINED
+        self._breaker.failed("no answer" if self._in_flight else "probe")
+        return Ending.SEND_HUNG
+
+    def _send_all(self) -> Ending:
+        """The loop, on a thread of its own."""
         while self._stop_at is None:
             self._tick()
             try:
@@ -316,7 +349,6 @@ class Consumer:
             except _Released:
                 continue  # back at the head of its queue
             except _Leave as leave:
-                log.info("consumer.ended", extra={"session": self.session, "why": leave.ending})
                 return leave.ending
         self._put_down()
         return Ending.STOPPED
@@ -391,7 +423,7 @@ class Consumer:
         probe = self._probe
         if probe is None or self._breaker.phase() is not Phase.HALF_OPEN:
             return
-        if isinstance(self._call(lambda: probe() or True), Exception):
+        if isinstance(self._answer(probe), Exception):
             self._breaker.failed("probe")
             self._put_down()
             raise _Released
@@ -474,9 +506,7 @@ class Consumer:
             return content
         self._settle()
         self._flush(pop=False)
-        prepare = self._prepare
-        self._sender.begin(lambda: prepare(content))
-        prepared = self._await_prepared()
+        prepared = self._await_prepared(self._prepare, content)
         if isinstance(prepared, SendFailed):
             kind = classify(str(prepared))
             if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
@@ -496,27 +526,29 @@ class Consumer:
             return
         self._settle()
         self._flush(pop=False)
-        failure = self._call(lambda: show(order.recipient.jid) or True)
+        failure = self._answer(lambda: show(order.recipient.jid))
         if isinstance(failure, Exception):
             log.debug("message.typing_failed", extra={"error": repr(failure)})
         self._sleep(typing_s)
 
-    def _await_prepared(self) -> Any:
+    def _await_prepared(self, prepare: Prepare, content: Mapping[str, Any]) -> Any:
         """What the preparation came to; nothing is claimed, so it can be dropped at any time.
 
         Raises:
             _Stopping: Asked to.
             MediaFailed: Not within MEDIA_TIMEOUT_S.
         """
+        if self._preparer is None:
+            self._preparer = Sender("prepare")
+            self._preparer.start()
+        self._preparer.begin(lambda: prepare(content))
         deadline = time.monotonic() + self._settings.media_timeout_s + _LOOK_S
         while not self._is_stopping():
-            result = self._sender.answer(_LOOK_S)
+            result = self._preparer.answer(_LOOK_S)
             if result is not None:
                 return result
             if time.monotonic() >= deadline:
-                # The thread is lost to an upload that hangs, and nobody reads what it says.
-                self._sender = Sender()
-                self._sender.start()
+                self._preparer = None  # lost to an upload that hangs; nobody reads what it says
                 raise MediaFailed("message: its file was not ready within MEDIA_TIMEOUT_S")
         raise _Stopping
 
@@ -617,17 +649,13 @@ class Consumer:
         around it. What it comes to is known afterwards, but not yet settled."""
         assert job.order is not None, "claimed"
         recipient = job.order.recipient.jid
-        deadline = time.monotonic() + self._settings.send_timeout_s
-        self._in_flight = True
         if self._pacer is not None:
             self._pacer.sending()
-        self._sender.begin(lambda: self._send(recipient, content, claimed.secret))
-        trouble = self._exchange(job)
-        result = self._await_answer(deadline)
+        self._in_flight = True
+        self._exchanger.begin(lambda: self._exchange(job))
+        result = self._answer(lambda: self._send(recipient, content, claimed.secret))
         self._in_flight = False
-        if result is None:
-            self._breaker.failed("no answer")
-            raise _Leave(Ending.SEND_HUNG)
+        trouble = self._exchanger.answer()
         kind: Kind | None = None
         if isinstance(result, SendAck):
             outcome = self._success(claim, result)
@@ -638,47 +666,25 @@ class Consumer:
             recovery.settlement(claim.message_id, outcome),
             Finished(job, outcome, claimed.attempt),
         )
-        if trouble is not None:
+        if isinstance(trouble, Exception):
             raise trouble
         self._outbox.note(job, outcome)
         if kind is Kind.TRANSIENT:
             raise _Again
 
-    def _exchange(self, started: Job) -> RedisError | None:
-        """Finish the message before and pop the next; an error can wait until the send is over."""
-        try:
-            self._outbox.exchange(self._finished, started=started)
-        except RedisError as error:
-            return error
+    def _exchange(self, started: Job) -> bool:
+        """Finish the message before and pop the next; an error waits until the send is over."""
+        self._outbox.exchange(self._finished, started=started)
         self._finished = []
-        return None
+        return True
 
-    def _call(self, call: Callable[[], Any]) -> Any:
-        """Make a call that sends nothing; what it returned (never None), or what it raised.
-
-        Raises:
-            _Leave: It did not come back within SEND_TIMEOUT_S, and the thread is lost with it.
-        """
-        self._sender.begin(call)
-        answer = self._await_answer(time.monotonic() + self._settings.send_timeout_s)
-        if answer is None:
-            self._breaker.failed("probe")
-            raise _Leave(Ending.SEND_HUNG)
-        return answer
-
-    def _await_answer(self, deadline: float) -> Any:
-        """What the call in hand came to; None when it did not come back by the deadline."""
-        while True:
-            self._tick()
-            stop_at = self._stop_at
-            end = deadline if stop_at is None else min(deadline, stop_at)
-            result = self._sender.answer(min(_LOOK_S, max(0.0, end - time.monotonic())))
-            if result is not None:
-                return result
-            if time.monotonic() >= end:
-                if stop_at is not None and stop_at < deadline:
-                    raise _Leave(Ending.NOT_DRAINED)
-                return None
+    def _answer(self, call: Callable[[], _T]) -> _T | Exception:
+        """What a call of neonize's returned or raised. Does not return where it takes longer than
+        SEND_TIMEOUT_S: then `run` leaves without this thread."""
+        try:
+            return self._limit.call(call, within_s=self._settings.send_timeout_s)
+        except Exception as error:
+            return error
 
     def _success(self, claim: Claim, ack: SendAck) -> Outcome:
         self.sent += 1

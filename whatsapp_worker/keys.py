@@ -1,6 +1,5 @@
 """Names that are keys, paths or identities: validated here before they become any of those."""
 
-import hashlib
 import hmac
 import re
 from typing import NewType
@@ -62,9 +61,9 @@ def maintenance_queue(host: str) -> str:
 def message_secret(install_key: bytes, session: str, message_id: str, attempt: int) -> bytes:
     """The 32-byte messageContextInfo.messageSecret of one attempt (design decision 7)."""
     text = f"secret\0{session}\0{message_id}\0{attempt}".encode()
-    return hmac.digest(install_key, text, hashlib.sha256)
+    return hmac.digest(install_key, text, "sha256")
 
 
 def number_hash(install_key: bytes, number: str) -> str:
     """What is kept of a phone number where the number itself must not be: HMAC, hex."""
-    return hmac.new(install_key, f"number\0{number}".encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(install_key, f"number\0{number}".encode(), "sha256").hex()

@@ -1,31 +1,37 @@
-"""A thread for calls that block and cannot be interrupted, so that they can be given up."""
+"""Threads for calls that block and cannot be interrupted, so that they can be given up."""
 
 import queue
 import threading
+import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
 class Sender(threading.Thread, Generic[T]):
     """Makes one call at a time. A call that was given up keeps the thread for as long as it
-    lasts: then nothing more can be begun, and the process must end."""
+    lasts: then nothing more can be begun."""
 
-    def __init__(self) -> None:
-        super().__init__(name="sender", daemon=True)
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
         self._calls: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
-        self._taken = threading.Semaphore(0)
+        self._answers: queue.SimpleQueue[T | Exception | None] = queue.SimpleQueue()
+
+    def nudge(self) -> None:
+        """Let whoever waits for an answer look up; from any thread and from signal handlers."""
+        self._answers.put(None)
 
     def begin(self, call: Callable[[], T]) -> None:
-        """Start a call. Waits until the thread has it: else the caller, who has work of its own,
-        would keep the interpreter from it for up to a switch interval (5 ms)."""
+        """Start a call; its answer must be taken before the next is begun."""
         self._calls.put(call)
-        self._taken.acquire()
 
-    def answer(self, timeout_s: float) -> T | Exception | None:
-        """What the call returned or raised; None while it has not."""
+    def answer(self, timeout_s: float | None = None) -> T | Exception | None:
+        """What the call returned (never None) or raised; None while it has not.
+
+        Args:
+            timeout_s: Wait at most so long; without it until there is something.
+        """
         try:
             return self._answers.get(timeout=timeout_s)
         except queue.Empty:
@@ -34,8 +40,49 @@ class Sender(threading.Thread, Generic[T]):
     def run(self) -> None:
         while True:
             call = self._calls.get()
-            self._taken.release()
             try:
                 self._answers.put(call())
             except Exception as error:
                 self._answers.put(error)
+
+
+class Limit:
+    """How long the blocking call in hand may take. One thread makes the calls, another watches."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends_at: float | None = None  # monotonic; None while no call is in hand
+        self._is_over = False
+
+    def call(self, do: Callable[[], T], *, within_s: float) -> T:
+        """Make a call. Never returns once `give_up` has been told that it is over: whoever gave
+        it up goes on without this thread."""
+        with self._lock:
+            self._ends_at = time.monotonic() + within_s
+        try:
+            return do()
+        finally:
+            with self._lock:
+                self._ends_at = None
+                is_over = self._is_over
+            if is_over:
+                _for_ever()
+
+    def left_s(self, stop_at: float | None) -> float | None:
+        """Seconds until the call in hand must be over, or until `stop_at` (monotonic) where that
+        is sooner; None while there is none."""
+        ends_at = self._ends_at
+        if ends_at is None:
+            return None
+        return max(0.0, min(ends_at, stop_at or ends_at) - time.monotonic())
+
+    def give_up(self, stop_at: float | None) -> bool:
+        """End the call in hand where its time is over; whether there was one to end."""
+        with self._lock:
+            self._is_over = self.left_s(stop_at) == 0.0
+            return self._is_over
+
+
+def _for_ever() -> NoReturn:
+    while True:
+        threading.Event().wait()
