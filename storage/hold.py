@@ -57,6 +57,21 @@ class Hold:
         self._document.update(change)
         return was[-1] not in (None, number_hash)
 
+    def device(self) -> str | None:
+        """Whose credentials the last process had; None before anybody said so."""
+        found: str | None = (self._document.read() or {}).get("device")
+        return found
+
+    def device_is(self, device: str) -> None:
+        """Say whose credentials claim messages from now on."""
+        self._document.update(
+            lambda fields: (
+                None
+                if (fields or {}).get("device") == device
+                else {**(fields or {}), "device": device}
+            )
+        )
+
     def pause(self, now: float) -> None:
         """Send nothing until `release`; a second pause changes nothing."""
 
@@ -85,6 +100,6 @@ def _check(fields: Fields) -> None:
         time = fields.get(name)
         if time is not None and (isinstance(time, bool) or not isinstance(time, int | float)):
             raise ValueError(f"{name} is no time")
-    number = fields.get("number_hash")
-    if number is not None and not isinstance(number, str):
-        raise ValueError("number_hash is no text")
+    for name in ("number_hash", "device"):
+        if not isinstance(fields.get(name), str | None):
+            raise ValueError(f"{name} is no text")

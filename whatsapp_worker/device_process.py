@@ -25,7 +25,15 @@ from redis import Redis, RedisError
 from storage.errors import LedgerUnavailable, LockHeld, StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
-from whatsapp_worker import child, device_store, facts, pacer, redis_client, redis_server
+from whatsapp_worker import (
+    child,
+    device_store,
+    facts,
+    pacer,
+    recovery,
+    redis_client,
+    redis_server,
+)
 from whatsapp_worker.breaker_board import BreakerBoard
 from whatsapp_worker.breakers import Breaker
 from whatsapp_worker.child import Departure, Leash
@@ -246,7 +254,15 @@ class DeviceProcess:
     def _recover(self) -> bool:
         """Settle what an earlier process left; nothing may have device.db open meanwhile."""
         assert self._consumer is not None
-        return self._consumer.recover(functools.partial(device_store.handed_over, self._database))
+        hold = self._sessions.hold(self._session)
+        device = number_hash(self._sessions.install_key(), self._identity.jid)
+        handed_over: recovery.HandedOver = recovery.nobody_can_tell
+        if hold.device() in (None, device):
+            handed_over = functools.partial(device_store.handed_over, self._database)
+        is_done = self._consumer.recover(handed_over)
+        if is_done:
+            hold.device_is(device)
+        return is_done
 
     def _connect(self) -> bool:
         """Dial and log in; False when it is time to leave instead."""

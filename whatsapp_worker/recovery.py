@@ -30,6 +30,13 @@ PAUSED = "WhatsApp asked this number to pause; it is sent again later"
 RESTING = "WhatsApp refused it and others before; it is sent again after a rest"
 RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED, RESTING)
 HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
+UNLINKED = "the device was unlinked before WhatsApp's answer came; nobody knows whether it was sent"
+
+
+def nobody_can_tell(secrets: Iterable[bytes]) -> Mapping[bytes, str]:
+    """`HandedOver` for a device that was linked anew: what its predecessor handed over went with
+    its credentials, so that nothing found means nothing."""
+    return dict.fromkeys(secrets, "")
 
 
 def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:
@@ -96,8 +103,8 @@ def _judge(
         return Settlement(
             row.message_id,
             Status.UNKNOWN,
-            wa_message_id=wa_message_id,
-            error=HANDED_OVER,
+            wa_message_id=wa_message_id or None,
+            error=HANDED_OVER if wa_message_id else UNLINKED,
             at=now,
         )
     former = ledger.attempts(row.message_id)

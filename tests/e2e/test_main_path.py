@@ -75,6 +75,23 @@ def test_the_same_message_id_twice_arrives_once_and_tells_the_first_outcome(worl
     assert refused["status"] == "failed" and "message_id" in refused["error"]
 
 
+def test_what_was_in_hand_when_the_phone_removed_the_device_is_not_sent_again(world: World):
+    phone = world.link("sales")
+    world.await_outcomes([world.enqueue("sales", CONTACT, "before", "m1")])
+    world.control.send_fault("no_ack")
+    job = world.enqueue("sales", CONTACT, "in hand", "m2")
+    eventually(lambda: len(world.arrived(to=CONTACT)) == 2)
+    world.control.logout_device(phone)
+    world.await_state("sales", "logged_out")
+    with world.linking("sales") as lines:
+        world.control.scan(next(line["code"] for line in lines), phone=phone)
+        assert list(lines)[-1]["event"] == "linked"
+    [outcome] = world.await_outcomes([job])
+    assert outcome["status"] == "unknown" and "unlinked" in outcome["error"]
+    world.await_outcomes([world.enqueue("sales", CONTACT, "after", "m3")])
+    assert [row["text"] for row in world.arrived(to=CONTACT)] == ["before", "in hand", "after"]
+
+
 def test_a_wrong_hmac_ends_the_link_with_a_reason_and_no_process(world: World):
     with world.linking("sales") as lines:
         code = next(line["code"] for line in lines if line["event"] == "qr")

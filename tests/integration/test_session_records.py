@@ -195,8 +195,26 @@ def test_a_queue_is_held_when_its_session_gets_another_number(sessions: Sessions
     assert hold.before() == 5.0
 
 
+def test_whose_credentials_claimed_last_is_remembered_beside_the_rest(sessions: Sessions) -> None:
+    made(sessions)
+    hold = sessions.hold("sales")
+    hold.put(5.0)
+    assert hold.device() is None
+    hold.device_is("one")
+    hold.device_is("one")
+    assert (hold.device(), hold.before()) == ("one", 5.0)
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff", b"[]", b'{"version":1,"held_before":"x"}', b'{"version":9}']
+    "content",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b'{"version":1,"held_before":"x"}',
+        b'{"version":1,"device":1}',
+        b'{"version":9}',
+    ],
 )
 def test_a_hold_that_cannot_be_read_is_said_and_not_forgotten(
     sessions: Sessions, content: bytes
