@@ -19,7 +19,7 @@ from rq.utils import str_to_date, utcformat
 
 from whatsapp_worker.errors import InvalidMessage, WorkerError
 from whatsapp_worker.event_names import RANK, Status
-from whatsapp_worker.keys import SEND_MESSAGE
+from whatsapp_worker.keys import HIGH_SUFFIX, SEND_MESSAGE
 from whatsapp_worker.message import Outgoing, readable_metadata, validate
 
 MAX_PAYLOAD = 1_048_576  # bytes of `data`, inflated
@@ -34,6 +34,7 @@ _RQ_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[
 _READ = frozenset(
     ("data", "meta", "result", "status", "description", "origin", *_DATES, *_NUMBERS, *_CALLBACKS)
 )
+_ID = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")  # what `validate` takes as message_id
 _NO_REDIS: Any = object()  # reading a record asks nothing of it
 
 
@@ -152,7 +153,7 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
         if "metadata" in kwargs:
             metadata = readable_metadata(kwargs["metadata"])
         if problem is None:
-            order = _order(kwargs, session)
+            order = _order(kwargs, session, queue)
             content_hash = order.content_hash
     except WorkerError as error:
         problem = problem or error
@@ -269,18 +270,21 @@ def _json(name: str, raw: bytes) -> Any:
         raise JobRefused(f"{name}: not JSON; enqueue with serializer=JSONSerializer") from None
 
 
-def _order(kwargs: Mapping[str, Any], session: str) -> Outgoing:
+def _order(kwargs: Mapping[str, Any], session: str, queue: str) -> Outgoing:
     if "content_hash" in kwargs and "message" not in kwargs:
         raise TextWiped("message: its text was wiped when it was settled; enqueue it anew")
     try:
-        return validate(kwargs, session=session)
+        order = validate(kwargs, session=session)
     except RecursionError:
         raise InvalidMessage("kwargs", "nested too deeply") from None
+    if order.priority == "high" and not queue.endswith(HIGH_SUFFIX):
+        # Nobody reads it before its turn, and then there is nothing left to overtake.
+        raise InvalidMessage("priority", f"high overtakes on the queue {queue}{HIGH_SUFFIX} only")
+    return order
 
 
 def _text(value: object) -> str | None:
-    is_fit = isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
-    return value if is_fit else None  # type: ignore[return-value]
+    return value if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
 def _enqueued_at(kept: Mapping[str, str]) -> float:

@@ -44,6 +44,28 @@ def test_a_good_job_becomes_an_order() -> None:
     assert job.enqueued_at == 1795316401.0
 
 
+def test_a_message_of_high_priority_is_refused_where_it_would_overtake_nobody() -> None:
+    high = data({**_GOOD, "priority": "high"})
+    refused = read(data=high)
+    assert str(refused.problem).startswith("priority: ") and "wa:out:s1:high" in str(
+        refused.problem
+    )
+    for sent in (high, data()):
+        assert decode(b"j", fields(data=sent), session="s1", queue="wa:out:s1:high").problem is None
+
+
+@pytest.mark.parametrize("id", ["nota\u00a01", "\u3000", "👩\u200d🚀", "a\x85b", "x" * 200])
+def test_every_message_id_that_is_accepted_is_told_in_events(id: str) -> None:
+    job = read(data=data({**_GOOD, "message_id": id}))
+    assert job.order is not None and job.order.message_id == job.message_id == id
+
+
+@pytest.mark.parametrize("id", ["", "a\nb", "\ud800", "x" * 201, 7, None])
+def test_no_other_message_id_is(id: object) -> None:
+    job = read(data=data({**_GOOD, "message_id": id}))
+    assert job.order is None and job.message_id is None
+
+
 def test_times_are_read_in_every_form_that_rq_reads() -> None:
     assert read(enqueued_at=b"2026-11-22T03:00:01Z").enqueued_at == 1795316401.0
     assert read(enqueued_at=b"2026-11-22T03:00:01.5Z").enqueued_at == 1795316401.5
