@@ -166,7 +166,7 @@ def _check_metadata(metadata: Mapping[str, Any] | None) -> None:
         return
     try:
         size = len(json.dumps(metadata, allow_nan=False).encode())
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         raise InvalidMessage("metadata", "is not JSON") from None
     if size > MAX_METADATA:
         raise InvalidMessage("metadata", f"is longer than {MAX_METADATA} bytes of JSON")

@@ -85,6 +85,7 @@ def test_a_cloud_api_text_message_is_accepted_with_all_its_known_fields() -> Non
         (job(metadata=[1]), "metadata"),
         (job(metadata={"x": "y" * 5000}), "metadata"),
         (job(metadata={"x": float("inf")}), "metadata"),
+        (job(metadata={"x": b"bytes"}), "metadata"),
         (job(callback="os.system"), "callback"),
     ],
 )
