@@ -4,6 +4,7 @@ import json
 import zlib
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rq.job import Job as RqJob
