@@ -65,3 +65,28 @@ def test_a_queue_is_paused_looked_at_cancelled_from_cleared_and_resumed(world: W
     world.await_outcomes([last])
     texts = [message["text"] for message in world.arrived(to=CONTACT)]
     assert texts == ["text 0", "text 3", "last"]
+
+
+def test_a_contact_sees_that_something_is_typed_before_each_text_arrives(world: World):
+    dialled, known = "5569991110002", "556991110002"
+    world.control.number_alias(dialled, known)
+    world.link("sales")
+    reaction = {"type": "reaction", "reaction": {"message_id": "3EB0AA", "emoji": "👍"}}
+    world.await_outcomes(
+        [
+            world.enqueue("sales", CONTACT, "one", "m1"),
+            world.enqueue("sales", CONTACT, "two", "m2"),
+            world.enqueue("sales", dialled, "three", "m3"),
+            world.enqueue("sales", CONTACT, "", "m4", message=reaction),
+        ]
+    )
+    shown, arrived = world.control.chat_states(), world.arrived()
+    assert [row["type"] for row in arrived] == ["text", "text", "text", "reaction"]
+    assert [(row["to"], row["state"]) for row in shown] == [
+        (CONTACT, "composing"),
+        (CONTACT, "composing"),
+        (known, "composing"),
+    ]
+    for typing, message, before in zip(shown, arrived, [None, *arrived], strict=False):
+        assert 0.2 <= message["at"] - typing["at"] < 2
+        assert before is None or before["at"] < typing["at"]
