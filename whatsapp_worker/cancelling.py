@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+
+from rq.job import JobStatus
 
 from storage.ledger import Claim, Ledger, Settlement
 from whatsapp_worker.event_names import Status
@@ -53,18 +56,24 @@ def end(
     Returns:
         What became of those that were ended.
     """
-    orders = [job for job in jobs if job.order is not None and not job.is_settled]
     now = time.time()
-    claims = {job.id: _claim(job, install_key, now) for job in orders}
+    claims = {
+        job.id: _claim(job, install_key, now)
+        for job in jobs
+        if job.order is not None and not job.is_settled
+    }
     words = [
-        (claims[job.id], Settlement(claims[job.id].message_id, status, error=error, at=now))
-        for job in orders
+        (claim, Settlement(claim.message_id, status, error=error, at=now))
+        for claim in claims.values()
     ]
     rows = dict(zip(claims, ledger.record(words), strict=True)) if words else {}
-    ended = []
+    ended: list[Finished] = []
+    told: dict[str, Outcome] = {}
     for job in jobs:
         row = rows.get(job.id)
-        if job.is_settled and job.outcome is not None:  # a second entry of the same job
+        if job.id in told:  # a second entry of the same job; nobody is told twice
+            ended.append(Finished(_as_settled(job, told[job.id]), told[job.id]))
+        elif job.is_settled and job.outcome is not None:
             ended.append(Finished(job, job.outcome))
         elif row is None:
             problem = f"{type(job.problem).__name__}: {job.problem}"
@@ -73,8 +82,14 @@ def end(
             ended.append(Finished(job, Outcome(status, error=error)))
         elif row.status != Status.SENDING:
             ended.append(Finished(job, outcome(row), row.attempt))
+        told |= {item.job.id: item.outcome for item in ended[-1:]}
     outbox.withdraw(ended)
     return [item.outcome for item in ended]
+
+
+def _as_settled(job: Job, outcome: Outcome) -> Job:
+    """The job as it is once the first of its entries was ended."""
+    return replace(job, status=JobStatus.FAILED, meta={"outcome": outcome.as_dict()})
 
 
 def _claim(job: Job, install_key: bytes, now: float) -> Claim:

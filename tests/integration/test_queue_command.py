@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 from support import RedisServer
 
 from storage.sessions import Sessions
@@ -73,6 +75,16 @@ def test_clearing_a_held_queue_keeps_it_held(redis: Redis, sessions: Sessions, a
     assert (found["state"], found["depth"]) == ("idle", 0)
     assert found["held_before"] is not None
     assert ask("clear", "--yes")["cleared"] == 0
+
+
+def test_clearing_ends_a_job_that_was_enqueued_twice(redis: Redis, ask: Any) -> None:
+    queue = Queue("wa:out:sales", connection=redis, serializer=JSONSerializer)
+    kwargs = client.text(TO, "x", message_id="m1").kwargs("sales")
+    for _ in range(2):
+        queue.enqueue("jobs.outbound.send_message", job_id="same", kwargs=kwargs)
+    assert ask("clear", "--yes")["as"] == {"cancelled": 2}
+    assert ask()["depth"] == 0
+    assert redis.xlen("wa:events") == 1
 
 
 def test_the_pace_is_shown_where_it_is_limited(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
