@@ -185,7 +185,7 @@ class Document:
         try:
             yield
         except OSError as error:
-            raise DocumentUnwritable(self.path, f"not saved: {_reason(error)}") from error
+            raise DocumentUnwritable(self.path, f"not saved: {reason(error)}") from error
 
     def _load(self, path: Path) -> Fields:
         """Parse one file.
@@ -200,7 +200,7 @@ class Document:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise DocumentBroken(self.path, f"cannot be read: {_reason(error)}") from error
+            raise DocumentBroken(self.path, f"cannot be read: {reason(error)}") from error
         fields = _parse(data)
         if fields["version"] > self._version:
             raise DocumentNewer(
@@ -372,7 +372,7 @@ def _age_s(older: Path, newer: Path) -> float:
     return 0.0
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
     """What happened and what to do, for people."""
     remedy = {
         errno.ENOSPC: "the disk is full: make room",

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.documents import Document, Fields, sync_folder, write_synced
+from storage.documents import Document, Fields, reason, sync_folder, write_synced
 from storage.errors import (
     DocumentBroken,
     DocumentUnwritable,
@@ -203,12 +203,18 @@ class Sessions:
         return Hold(self.folder(id))
 
     def ids(self) -> list[str]:
-        """Every session that has a folder, sorted; those being deleted and broken ones too."""
+        """Every session that has a folder, sorted; those being deleted and broken ones too.
+
+        Raises:
+            DocumentBroken: The folder cannot be read, which does not mean that it is empty.
+        """
         try:
             with os.scandir(self._folders) as entries:
                 return sorted(e.name for e in entries if _ID.match(e.name) and e.is_dir())
-        except OSError:
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            raise DocumentBroken(self._folders, f"cannot be read: {reason(error)}") from error
 
     def create(self, id: str, *, network: str, now: float, why: str = "") -> Wanted:
         """Make a new record, wanted to run and never linked; removes the id's tombstone.
@@ -397,6 +403,9 @@ class Sessions:
         """The ids whose wanted record changed since the last call: new and vanished ones too.
 
         The first call names every session. One `stat` a session, so it may be asked often.
+
+        Raises:
+            DocumentBroken: As `ids`; nothing is forgotten.
         """
         root = str(self._folders)
         now = {id: _signature(f"{root}/{id}/wanted.json") for id in self.ids()}

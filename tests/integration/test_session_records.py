@@ -40,6 +40,20 @@ def stopped(wanted: Wanted) -> Wanted:
     return dataclasses.replace(wanted, run="stop")
 
 
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(sessions: Sessions) -> None:
+    made(sessions)
+    assert sessions.changed() == {"sales"}
+    folder = sessions.folder("sales").parent
+    aside = folder.rename(folder.with_name("aside"))
+    folder.write_text("not a folder")
+    for ask in (sessions.ids, sessions.changed, sessions.clean):
+        with pytest.raises(DocumentBroken, match="cannot be read"):
+            ask()
+    folder.unlink()
+    aside.rename(folder)
+    assert sessions.changed() == set(), "what was seen before is remembered"
+
+
 def test_an_absent_data_folder_holds_nothing(sessions: Sessions) -> None:
     assert sessions.ids() == []
     assert sessions.changed() == set()
