@@ -103,7 +103,9 @@ class SessionProcess:
         """Whether it is dead and nobody says so: its parent does not reap."""
         if self.closed_at is None or now - self.closed_at < UNREAPED_S or self._pidfd is None:
             return False
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def is_unanswered(self) -> bool:

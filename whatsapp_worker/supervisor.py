@@ -56,6 +56,8 @@ FORK_TIMEOUT_S = 15.0  # an answer of the fork helper, once it is ready
 HELPER_START_S = 60.0
 HELPER_RETRY_S = 1.0
 REDIS_RETRY_S = 1.0
+SPAWN_RETRY_S = 1.0
+UNREADABLE_RETRY_S = 5.0
 LEFTOVER_TIMEOUT_S = 4.0
 LAST_WORDS_S = 1.0  # for what is flushed at the very end of a shutdown
 
@@ -139,6 +141,9 @@ class Supervisor:
         self._managed: dict[str, ManagedSession] = {}
         self._processes: dict[int, SessionProcess] = {}  # by run
         self._runs = 0
+        self._spawn_at = 0.0  # no process is asked for before
+        self._look_at = 0.0  # no record is looked at before
+        self._unreadable: dict[str, float] = {}  # session: when to look at its records again
         self._selector = selectors.DefaultSelector()
         self._gate = reconnect.DialGate()
         self._is_outage = False
@@ -215,8 +220,10 @@ class Supervisor:
     def _catch_signals(self) -> None:
         self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._on_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
 
@@ -342,7 +349,7 @@ class Supervisor:
         """One device or pairing process is no more."""
         session = self._managed.get(run.session)
         if session is not None and session.process is run:
-            with self._contained(session):
+            with self._contained(run.session):
                 session.hear(now)  # its last word may still lie in the channel
         self._pass_on(run)
         if words := run.last_words():
@@ -352,7 +359,7 @@ class Supervisor:
         if session is not None and session.process is run:
             code = None if status is None else os.waitstatus_to_exitcode(status)
             run.was_forced |= code == Exit.NOT_DRAINED
-            with self._contained(session):
+            with self._contained(run.session):
                 session.on_exit(run.ending(status), was_locked=code == Exit.LOCKED, now=now)
 
     def _forget(self, run: SessionProcess) -> None:
@@ -362,18 +369,20 @@ class Supervisor:
         self._count_consumed()
 
     def _count_consumed(self) -> None:
-        self._consumed = frozenset(run.session for run in self._processes.values())
+        runs = self._processes.values()
+        self._consumed = frozenset(run.session for run in runs if run.kind == "device")
 
     # Sessions
 
     def _hear(self, now: float) -> None:
         for run in list(self._processes.values()):
             session = self._managed.get(run.session)
-            if run.closed_at is None and session is not None and session.process is run:
-                with self._contained(session):
-                    session.hear(now)
-            elif run.closed_at is None:
-                run.hear(now)
+            if run.closed_at is None:
+                with self._contained(run.session):
+                    if session is not None and session.process is run:
+                        session.hear(now)
+                    else:
+                        run.hear(now)
             self._pass_on(run)
             if run.closed_at is not None:  # else the end of file would wake the loop for ever
                 self._unwatch(run)
@@ -382,18 +391,34 @@ class Supervisor:
         """What went wrong in a device process, for a person to know."""
         failures, run.failures = run.failures, []
         for failure in failures:
-            self._alarm.device_failed(run.session, failure)
+            with self._contained(run.session):
+                self._alarm.device_failed(run.session, failure)
 
     def _unwatch(self, run: SessionProcess) -> None:
         with contextlib.suppress(KeyError):  # done already
             self._selector.unregister(run.channel)
 
     def _read_wanted(self, now: float) -> None:
-        for id in self.sessions.changed():
+        if now < self._look_at:
+            return
+        try:
+            changed = self.sessions.changed()
+        except StorageError as error:
+            log.error("sessions.unreadable", extra={"problem": str(error)})
+            self._look_at = now + UNREADABLE_RETRY_S
+            return
+        again = {id for id, at in self._unreadable.items() if now >= at}
+        for id in changed | again:
             try:
                 self._take_up(id, now)
-            except StorageError as error:
-                log.error("session.unreadable", extra={"session": id, "problem": str(error)})
+            except Exception as error:  # one session's records must not cost the others
+                if id in changed:
+                    why = {"session": id, "problem": str(error)}
+                    bug = not isinstance(error, StorageError)
+                    log.error("session.unreadable", extra=why, exc_info=bug)
+                self._unreadable[id] = now + UNREADABLE_RETRY_S
+            else:
+                self._unreadable.pop(id, None)
 
     def _take_up(self, id: str, now: float) -> None:
         wanted = self.sessions.wanted(id)
@@ -408,8 +433,7 @@ class Supervisor:
             record = self.sessions.state(id)
             self._managed[id] = ManagedSession(id, host=self, wanted=wanted, record=record, now=now)
         elif wanted.generation != session.wanted.generation or wanted.run != session.wanted.run:
-            with self._contained(session):
-                session.want(wanted, now)
+            session.want(wanted, now)
 
     def _drop(self, session: ManagedSession, now: float) -> None:
         """Forget a session whose record is gone."""
@@ -420,7 +444,7 @@ class Supervisor:
 
     def _tick(self, now: float) -> None:
         for session in self._in_order():
-            with self._contained(session):
+            with self._contained(session.id):
                 session.tick(now)
             if session.is_gone:
                 del self._managed[session.id]
@@ -429,12 +453,12 @@ class Supervisor:
         self._notifier.status(self._status())
 
     @contextlib.contextmanager
-    def _contained(self, session: ManagedSession) -> Iterator[None]:
+    def _contained(self, session: str) -> Iterator[None]:
         """A bug that one session meets must not cost the others."""
         try:
             yield
         except Exception:
-            log.exception("session.failed_here", extra={"session": session.id})
+            log.exception("session.failed_here", extra={"session": session})
 
     def _in_order(self) -> list[ManagedSession]:
         """Those that have waited longest for their dial come first."""
@@ -470,7 +494,8 @@ class Supervisor:
             self._is_outage = False
         elif self._managed[who].wanted.run == "run" and self._managed[who].process is None:
             self._canary_at = now + reconnect.CANARY_EVERY_S
-            self._managed[who].dial(now, as_canary=True)
+            with self._contained(who):
+                self._managed[who].dial(now, as_canary=True)
 
     # What sessions need of their host
 
@@ -478,11 +503,12 @@ class Supervisor:
         return time.time()
 
     def spawn(self, session: str, kind: str, arguments: Mapping[str, Any]) -> SessionProcess | None:
+        now = time.monotonic()
         if self._helper is None or not self._helper.is_ready or self._signals:
             return None
+        if now < self._spawn_at:
+            return None
         self._runs += 1
-        output = process.output_file()
-        channel, theirs = socket_pair()
         request = {
             "run": self._runs,
             "kind": kind,
@@ -491,19 +517,30 @@ class Supervisor:
             "args": dict(arguments),
         }
         try:
-            self._helper.fork(request, theirs.fileno(), output)
-        except ForkerGone as error:
-            log.warning("fork_helper.not_asked", extra={"problem": str(error)})
-            channel.close()
-            os.close(output)
+            run = self._ask_for(self._helper, request, now)
+        except (OSError, ForkerGone) as error:  # no descriptors, no memory, no helper: try again
+            log.error("process.not_started", extra={"session": session, "problem": str(error)})
+            self._spawn_at = now + SPAWN_RETRY_S
             return None
-        finally:
-            theirs.close()
-        run = SessionProcess(self._runs, kind, session, channel, time.monotonic(), output=output)
         self._processes[run.run] = run
-        self._selector.register(channel, selectors.EVENT_READ)
         self._count_consumed()
         return run
+
+    def _ask_for(self, helper: Forker, request: dict[str, Any], now: float) -> SessionProcess:
+        """Have a process forked, with a channel and an output file that we watch and own."""
+        with contextlib.ExitStack() as undo:
+            output = process.output_file()
+            undo.callback(os.close, output)
+            channel, theirs = socket_pair()
+            undo.callback(channel.close)
+            with theirs:
+                self._selector.register(channel, selectors.EVENT_READ)
+                undo.callback(self._selector.unregister, channel)
+                helper.fork(request, theirs.fileno(), output)
+            undo.pop_all()
+        return SessionProcess(
+            request["run"], request["kind"], request["session"], channel, now, output=output
+        )
 
     def has_room(self, session: str) -> bool:
         others = sum(other.holds_slot for other in self._managed.values() if other.id != session)
@@ -553,7 +590,8 @@ class Supervisor:
             companion.ask_to_end()
         now = time.monotonic()
         for session in self._managed.values():
-            session.left(now)
+            with self._contained(session.id):
+                session.left(now)
         if self._helper is not None:
             self._helper.close(timeout_s=self._left_s(deadline))
         drained &= self._keeper.stop(timeout_s=self._left_s(deadline))
@@ -575,7 +613,8 @@ class Supervisor:
         now = time.monotonic()
         drain_s = min(DRAIN_S, max(0.0, deadline - now - 4.0))
         for session in self._managed.values():
-            session.leave(now, drain_s=drain_s)
+            with self._contained(session.id):
+                session.leave(now, drain_s=drain_s)
         for run in self._processes.values():
             run.hasten(deadline)
         runs = [run for run in self._processes.values() if run.kind == "device"]

@@ -66,6 +66,29 @@ def test_garbage_in_every_state_file_costs_that_session_at_most(world: World) ->
     assert (folder / "device.db").exists()
 
 
+def test_a_state_that_nobody_can_read_is_looked_at_again_until_it_is_removed(world: World) -> None:
+    world.link("sales")
+    world.link("other")
+    assert world.supervisor is not None
+    world.supervisor.terminate()
+    assert world.supervisor.wait(30) == 0
+    files = [world.data / "sessions" / "sales" / name for name in ("state.json", "state.json.bak")]
+    for path in files:
+        path.write_bytes(b"{")
+    # A word of some other version is as unreadable as garbage, and costs no other session either.
+    other = world.data / "sessions" / "other" / "state.json"
+    other.write_text(json.dumps({**json.loads(other.read_text()), "state": "levitating"}))
+    world.start_supervisor()
+    world.link("third")
+    assert "remove it and state.json.bak" in sentence(world, "sales")
+    for path in [*files, other, other.with_name("state.json.bak")]:
+        path.unlink()
+    world.await_state("sales", "connected")
+    world.await_state("other", "connected")
+    unread = (world.folder / "run.log").read_text().count("session.unreadable session=sales")
+    assert unread == 1
+
+
 def test_one_damaged_version_of_each_state_file_costs_nothing(world: World) -> None:
     phone = world.link("sales")
     works(world, "sales", "crm-0")

@@ -307,6 +307,27 @@ def test_a_stuck_process_is_killed_within_the_shutdown_time(tmp_path: Path) -> N
         world.close()
 
 
+def test_nohup_is_obeyed(world: World) -> None:
+    world.kill_supervisor()
+    supervisor = subprocess.Popen(
+        ["nohup", *COMMAND, "run"],
+        env=world.environ,
+        cwd=world.folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(lambda: world.status()["supervisor"]["alive"])
+        supervisor.send_signal(signal.SIGHUP)
+        world.link("sales")
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(15) == 0
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+
+
 @pytest.fixture
 def hanging_world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path, HANG_TIMEOUT_S="4", HEALTH_CHECK_INTERVAL_S="1")
