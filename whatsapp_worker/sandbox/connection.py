@@ -198,7 +198,8 @@ class Connection(asyncio.Protocol):
         return False
 
     async def _start_tls(self) -> None:
-        assert self._transport is not None
+        if self._transport is None:  # ended meanwhile
+            return
         self._transport.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         try:
             encrypted = await asyncio.get_running_loop().start_tls(
@@ -228,6 +229,8 @@ class Connection(asyncio.Protocol):
             return False
         assert self._transport is not None
         if self._host != CHAT_HOST:
+            if self._limit is not None:  # there is no handshake, and files take their time
+                self._limit.cancel()
             self._step = self._media.step(request, self._buffer, self._transport, self._next)
             return True
         self._transport.write(websocket.upgrade(request))

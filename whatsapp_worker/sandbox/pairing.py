@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from whatsapp_worker.sandbox import protobufs
-from whatsapp_worker.sandbox.binary import SERVER, Attrs, Node
+from whatsapp_worker.sandbox.binary import SERVER, Attrs, MalformedNode, Node
 from whatsapp_worker.sandbox.link_code import PhoneSide, WrongCode
 from whatsapp_worker.sandbox.model import Device, Link, UnknownTarget, unix_time
 from whatsapp_worker.sandbox.queries import result
@@ -118,8 +118,15 @@ def parse_code(code: str) -> tuple[str, bytes, bytes, bytes]:
     return parts[0], noise_key, identity, secret
 
 
+# Of what a client registers with: a device that nobody can write to is not linked.
+_LENGTHS = {"eIdent": 32, "eRegid": 4, "eSkeyID": 3, "eSkeyVal": 32, "eSkeySig": 64}
+
+
 class PairingSession:
     """One client that waits to be linked.
+
+    Raises:
+        MalformedNode: It registers with keys that are none.
 
     Attributes:
         outcome: `paired`, `refused: ...` or `connection lost`, once that is known.
@@ -128,6 +135,8 @@ class PairingSession:
     """
 
     def __init__(self, network: Network, link: Link, noise_key: bytes, registration: Any) -> None:
+        if any(len(getattr(registration, name)) != size for name, size in _LENGTHS.items()):
+            raise MalformedNode("no keys to register with")
         self.link = link
         self.noise_key = noise_key
         self.identity = bytes(registration.eIdent)

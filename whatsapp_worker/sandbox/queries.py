@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from whatsapp_worker.sandbox.binary import SERVER, Attrs, Node, phone_jid
+from whatsapp_worker.sandbox.binary import SERVER, Attrs, MalformedNode, Node, phone_jid
 from whatsapp_worker.sandbox.model import Device, PreKey
 from whatsapp_worker.sandbox.signal import Bundle
 
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 MEDIA_HOST = "mmg.whatsapp.net"
 _CURVE_TYPE = b"\x05"
 _MAX_PREKEYS = 2000
+_ID_BYTES, _KEY_BYTES = 3, 32
 
 Answer = list[Node]
 
@@ -147,7 +148,15 @@ def _not_found(asked: Node) -> Node:
 
 
 def _prekey(node: Node) -> PreKey:
-    return PreKey(int.from_bytes(_data(node, "id"), "big"), _data(node, "value"))
+    """A key as a client uploads it.
+
+    Raises:
+        MalformedNode: It is none, and nobody could use it.
+    """
+    id, key = _data(node, "id"), _data(node, "value")
+    if len(id) != _ID_BYTES or len(key) != _KEY_BYTES:
+        raise MalformedNode("no prekey")
+    return PreKey(int.from_bytes(id, "big"), key)
 
 
 def _data(node: Node, tag: str) -> bytes:

@@ -100,12 +100,10 @@ class Store:
 
     def add_prekeys(self, device: Device, keys: Iterable[PreKey]) -> None:
         """Keep one-time prekeys; the same id again replaces."""
-        self._db.execute("BEGIN")
-        self._db.executemany(
-            "INSERT OR REPLACE INTO prekeys VALUES (?, ?, ?, ?)",
-            [(*device.key, key.id, key.key) for key in keys],
-        )
-        self._db.execute("COMMIT")
+        rows = [(*device.key, key.id, key.key) for key in keys]
+        with self._db:
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR REPLACE INTO prekeys VALUES (?, ?, ?, ?)", rows)
 
     def count_prekeys(self, device: Device) -> int:
         """How many one-time prekeys are left."""
@@ -141,15 +139,15 @@ class Store:
 
     def add_waiting(self, device: Device, stanzas: Iterable[Node]) -> None:
         """Keep stanzas for a device that is offline; the oldest go when there are too many."""
-        self._db.execute("BEGIN")
-        for stanza in stanzas:
-            row = self._db.execute(
-                "INSERT INTO waiting (phone, number, stanza) VALUES (?, ?, ?)",
-                (*device.key, self._codec.encode(stanza)),
-            ).lastrowid
-            if row is not None and row % TRIM_EVERY == 0:
-                self._trim_waiting(device)
-        self._db.execute("COMMIT")
+        rows = [(*device.key, self._codec.encode(stanza)) for stanza in stanzas]
+        with self._db:
+            self._db.execute("BEGIN")
+            for row in rows:
+                seq = self._db.execute(
+                    "INSERT INTO waiting (phone, number, stanza) VALUES (?, ?, ?)", row
+                ).lastrowid
+                if seq is not None and seq % TRIM_EVERY == 0:
+                    self._trim_waiting(device)
 
     def _trim_waiting(self, device: Device) -> None:
         self._db.execute(
