@@ -94,24 +94,69 @@ end
 return found
 """
 )
-# KEYS: queue. ARGV: prefix of job keys, id. Before the first job that was enqueued later; RQ's
-# times sort as text, and a queue is in their order but for what a producer put at its front.
-_TAKE_PLACE = """
+# HSET on a record that is gone would make one up; on one that was cancelled or has ended meanwhile,
+# it would revive it. ARGV: prefix of job keys, id, and whatever else.
+_IF_LIVE = """
+local key = ARGV[1] .. ARGV[2]
+local status = redis.pcall('HGET', key, 'status') or (redis.call('EXISTS', key) == 1 and 'queued')
+local is_live = status == 'queued' or status == 'started' or status == 'scheduled'
+"""
+# KEYS: limbo list, scheduled registry. ARGV: prefix, id, time.
+_LAY_ASIDE = (
+    _IF_LIVE
+    + """
+redis.call('LREM', KEYS[1], 1, ARGV[2])
+if is_live then
+  redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+  redis.call('HSET', key, 'status', 'scheduled')
+end
+"""
+)
+# KEYS: limbo list, queue. ARGV: prefix, id.
+_PUT_BACK = (
+    _IF_LIVE
+    + """
+redis.call('LREM', KEYS[1], -1, ARGV[2])
+redis.call('LPUSH', KEYS[2], ARGV[2])
+if is_live then redis.call('HSET', key, 'status', 'queued') end
+"""
+)
+# KEYS: started registry, queue. ARGV: prefix, id, entry of the registry.
+_PUT_BACK_STARTED = (
+    _IF_LIVE
+    + """
+redis.call('ZREM', KEYS[1], ARGV[3])
+if is_live then
+  redis.call('HSET', key, 'status', 'queued')
+  redis.call('LREM', KEYS[2], 1, ARGV[2])
+  redis.call('LPUSH', KEYS[2], ARGV[2])
+end
+"""
+)
+# KEYS: scheduled registry, queue. ARGV: prefix, id. Before the first job that was enqueued later;
+# RQ's times sort as text, and a queue is in their order but for what a producer put at its front.
+_TAKE_PLACE = (
+    _IF_LIVE
+    + """
+redis.call('ZREM', KEYS[1], ARGV[2])
+if not is_live then return end
+redis.call('HSET', key, 'status', 'queued')
 local function time(id)
   local found = redis.pcall('HMGET', ARGV[1] .. id, 'enqueued_at', 'created_at')
   if found.err then return '' end
   return (found[1] and #found[1] > 0 and found[1]) or found[2] or ''
 end
 local mine = time(ARGV[2])
-local low, high = 0, redis.call('LLEN', KEYS[1])
+local low, high = 0, redis.call('LLEN', KEYS[2])
 while low < high do
   local middle = math.floor((low + high) / 2)
-  if time(redis.call('LINDEX', KEYS[1], middle)) > mine then high = middle else low = middle + 1 end
+  if time(redis.call('LINDEX', KEYS[2], middle)) > mine then high = middle else low = middle + 1 end
 end
-local after = redis.call('LINDEX', KEYS[1], low)
-if after then redis.call('LINSERT', KEYS[1], 'BEFORE', after, ARGV[2])
-else redis.call('RPUSH', KEYS[1], ARGV[2]) end
+local after = redis.call('LINDEX', KEYS[2], low)
+if after then redis.call('LINSERT', KEYS[2], 'BEFORE', after, ARGV[2])
+else redis.call('RPUSH', KEYS[2], ARGV[2]) end
 """
+)
 # KEYS: job, results, registry, limbo list, events.
 # ARGV: 1 raw id, 2 ttl, 3 score, 4 whether to write the hash anew, 5 ceiling of the stream,
 # 6 number of arguments of the result, those, 7 number of arguments of the event, those, hash.
@@ -397,13 +442,11 @@ class Outbox:
     # Later
 
     def defer(self, job: Job, at: float) -> None:
-        """Lay a popped job aside until `at` (UTC seconds): into RQ's scheduled registry."""
+        """Lay a popped job aside until `at` (UTC seconds): into RQ's scheduled registry. One that
+        was cancelled meanwhile is dropped: who cancelled it ends it."""
         lane = self._lane_of(job)
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.zadd(lane.scheduled, {job.id: at})
-        pipeline.hset(_job_key(job.id), "status", JobStatus.SCHEDULED.value)
-        pipeline.lrem(lane.limbo, 1, job.raw_id)
-        pipeline.execute()
+        keys = (lane.limbo, lane.scheduled)
+        self._wire.ask(("EVAL", _LAY_ASIDE, len(keys), *keys, _job_key(""), job.raw_id, at))
         lane.in_hand.discard(job)
 
     def survey(self, *, until: float | None = None) -> int:
@@ -427,14 +470,8 @@ class Outbox:
         return int(sum(answers[1::3]) + sum(answers[2::3]))
 
     def _move(self, lane: _Lane, due: Sequence[bytes]) -> None:
-        existing = self._existing(due)
-        pipeline = self._redis.pipeline(transaction=True)
-        for raw_id in due:
-            pipeline.zrem(lane.scheduled, raw_id)
-            if raw_id in existing:
-                pipeline.hset(_job_key_of(raw_id), "status", JobStatus.QUEUED.value)
-                pipeline.eval(_TAKE_PLACE, 1, lane.queue, _job_key(""), raw_id)
-        pipeline.execute()
+        keys = (lane.scheduled, lane.queue)
+        self._wire.ask(*(("EVAL", _TAKE_PLACE, 2, *keys, _job_key(""), id) for id in due))
 
     # Waiting jobs, for others than their consumer
 
@@ -555,36 +592,21 @@ class Outbox:
             back = [raw_id for raw_id in ids if raw_id not in kept]
             if not back:
                 return
-            existing = self._existing(back)
-            pipeline = self._redis.pipeline(transaction=True)
-            for raw_id in reversed(back):
-                pipeline.lrem(lane.limbo, -1, raw_id)
-                pipeline.lpush(lane.queue, raw_id)
-                if raw_id in existing:
-                    pipeline.hset(_job_key_of(raw_id), "status", "queued")
-            pipeline.execute()
+            keys = (lane.limbo, lane.queue)
+            ids = reversed(back)
+            self._wire.ask(*(("EVAL", _PUT_BACK, 2, *keys, _job_key(""), id) for id in ids))
 
     def _put_back_started(self, lane: _Lane, kept: set[bytes]) -> None:
         while entries := self._redis.zrange(lane.started, -_BATCH, -1):
-            ids = [entry.partition(b":")[0] for entry in entries]  # <job>:<execution>
-            existing = self._existing(ids)
-            pipeline = self._redis.pipeline(transaction=True)
-            for entry, raw_id in zip(reversed(entries), reversed(ids), strict=True):
-                pipeline.zrem(lane.started, entry)
-                if raw_id in existing and raw_id not in kept:
-                    pipeline.hset(_job_key_of(raw_id), "status", "queued")
-                    pipeline.lrem(lane.queue, 1, raw_id)
-                    pipeline.lpush(lane.queue, raw_id)
-            pipeline.execute()
-
-    def _existing(self, ids: Sequence[bytes]) -> set[bytes]:
-        """Those whose record is a live job: HSET on the others would make one up."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for raw_id in ids:
-            pipeline.eval(_STATUS, 1, _job_key_of(raw_id))
-        statuses = pipeline.execute()
-        live = (b"queued", b"started", b"scheduled")
-        return {raw_id for raw_id, status in zip(ids, statuses, strict=True) if status in live}
+            commands: list[Command] = []
+            for entry in reversed(entries):
+                id = entry.partition(b":")[0]  # <job>:<execution>
+                if id in kept:
+                    commands.append(("ZREM", lane.started, entry))
+                    continue
+                keys = (lane.started, lane.queue)
+                commands.append(("EVAL", _PUT_BACK_STARTED, 2, *keys, _job_key(""), id, entry))
+            self._wire.ask(*commands)
 
     def close(self) -> None:
         """Give its connections back to the client's pool; the next use takes new ones."""
@@ -632,23 +654,12 @@ class Outbox:
         pipeline.execute()
 
 
-_STATUS = """
-local status = redis.pcall('HGET', KEYS[1], 'status')
-if type(status) ~= 'string' then return '' end
-return status
-"""
-
-
 def _is_job_id(raw_id: bytes) -> bool:
     return JOB_ID_PATTERN.fullmatch(raw_id.decode("ascii", "replace")) is not None
 
 
 def _job_key(job_id: str) -> str:
     return f"{RQ_KEY_PREFIX}:job:{job_id}"
-
-
-def _job_key_of(raw_id: bytes) -> bytes:
-    return _job_key("").encode() + raw_id
 
 
 def _counted(fields: Mapping[str, Any]) -> list[Any]:

@@ -397,6 +397,22 @@ def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
     parts.close()
 
 
+def test_a_job_that_rq_cancels_while_it_is_laid_aside_is_not_revived(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    job = enqueue(redis, "m0", send_at=time.time() + 0.2)
+    parts = Parts(url, tmp_path)
+    parts.outbox.exchange()
+    popped = parts.outbox.next()
+    assert popped is not None
+    job.cancel()
+    parts.outbox.defer(popped, time.time() + 0.2)
+    assert [found.id for found in parts.outbox.cancelled()] == ["job-m0"], "the keeper ends it"
+    assert fetch(redis, "m0").get_status() == "canceled"
+    assert limbo(redis) == redis.zcard(f"rq:scheduled:{QUEUE}") == 0
+    parts.close()
+
+
 def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
     redis: Redis, url: Url, tmp_path: Path
 ) -> None:
