@@ -23,7 +23,7 @@ from whatsapp_worker.settings import Settings
 FOLDER = "media"  # below the session's folder
 _CHUNK = 65_536
 _THUMBNAIL = (100, 100)
-_MAX_PIXELS = 24_000_000  # decoded for a thumbnail; a JPEG is decoded smaller
+_MAX_PIXELS = 24_000_000  # decoded for a thumbnail; a baseline JPEG is decoded smaller
 _PREVIEW_S = 10.0
 _MAX_PAGE = 512 * 1024
 _MAX_PICTURE = 2 * MIB
@@ -248,7 +248,8 @@ def picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
             width, height = image.size
-            image.draft("RGB", _THUMBNAIL)
+            if not image.info.get("progressive"):  # of those the decoder holds every pixel
+                image.draft("RGB", _THUMBNAIL)
             if image.size[0] * image.size[1] > _MAX_PIXELS:
                 raise MediaFailed(f"has {width} x {height} pixels, which is too many")
             image.thumbnail(_THUMBNAIL)

@@ -230,9 +230,11 @@ def test_pictures_that_are_none_or_too_large_to_decode_are_refused(folder: Path)
 
     (folder / "offers" / "torn.jpg").write_bytes(JPEG[:300])
     Image.new("1", (6000, 6000)).save(folder / "offers" / "huge.png")
+    Image.new("RGB", (6000, 6000)).save(folder / "offers" / "huge.jpg", progressive=True)
     for path, reason in (
         ("torn.jpg", "cannot be decoded|can be decoded"),
         ("huge.png", "too many"),
+        ("huge.jpg", "too many"),
     ):
         with pytest.raises(MediaFailed, match=reason), media(folder).file(image(path)):
             pass
