@@ -74,6 +74,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name, _, argument = self.path.partition("?")
         if name == "/redirect":
             self._head(302, Location=argument)
+        elif name == "/typed":
+            self._head(200, Content_Type=argument)
+            self._write(b"x")
         elif name == "/slow":
             self._drip()
         elif name == "/hesitant":

@@ -8,6 +8,7 @@ each redirect. Proxies of the environment are not used: a proxy would resolve th
 import contextlib
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -30,6 +31,7 @@ _HEADERS = {
     "Accept-Encoding": "identity",  # what is inflated here could be of any size
     "Connection": "close",
 }
+_TYPE = re.compile(r"[a-z0-9.+-]{1,80}/[a-z0-9.+-]{1,80}")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Set aside by IANA, and called global by some versions of Python: protocol assignments, the relay
 # of 6to4, local NAT64, documentation, segment routing.
@@ -53,7 +55,7 @@ def download(url: str, into: BinaryIO, *, limit: int, deadline: float, allow_pri
         allow_private: Also from addresses that are not public.
 
     Returns:
-        The server's Content-Type, without its parameters; empty when it says none.
+        The server's Content-Type, without its parameters; empty when it says none, or nonsense.
 
     Raises:
         MediaFailed: It could not be had, or is not allowed.
@@ -98,7 +100,8 @@ def _body(response: http.client.HTTPResponse, into: BinaryIO, limit: int, cutoff
         raise TimeoutError
     if length is not None and received < length:
         raise MediaFailed(f"the server sent {received} of {length} bytes")
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    said = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return said if _TYPE.fullmatch(said) else ""
 
 
 @contextlib.contextmanager

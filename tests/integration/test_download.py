@@ -92,6 +92,14 @@ def test_proxies_of_the_environment_are_not_used(
     assert fetch(f"{server.url}/offer.pdf") == PDF
 
 
+def test_a_type_that_is_none_is_not_passed_on(server: Web) -> None:
+    for said, type in (("Text/CSV;charset=x", "text/csv"), ("x" * 9000, ""), ("a/<b>", "")):
+        url = f"{server.url}/typed?{said}"
+        deadline = time.monotonic() + 5
+        found = download.download(url, io.BytesIO(), limit=9, deadline=deadline, allow_private=True)
+        assert found == type
+
+
 def test_what_is_too_long_is_not_read_to_its_end(server: Web) -> None:
     assert "at most 100 are allowed" in refusal(f"{server.url}/offer.pdf", limit=100)
     began = time.monotonic()
