@@ -11,7 +11,6 @@ Threads: `main` consumes; `leash` hears the supervisor and SIGTERM, beats and fo
 translates and hands over; one thread sends, one writes receipts.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -268,7 +267,6 @@ class DeviceProcess:
         """Dial and log in; False when it is time to leave instead."""
         assert self._device is not None
         self._device.load()
-        _reap_children()
         if self._departure.is_due.wait(max(0.0, self._dial_at - time.monotonic())):
             return False
         self._channel.send(report="connecting")
@@ -463,13 +461,6 @@ _OF_CONSUMED = {
         Exit.CONNECTION_ENDED,
     ),
 }
-
-
-def _reap_children() -> None:
-    """neonize runs `uname` at import and leaves a zombie each time; nothing else runs yet."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 def _within(timeout_s: float, do: Callable[[], None]) -> str | None:

@@ -1,9 +1,10 @@
-"""A small process that has imported everything but neonize, and forks the device processes.
+"""A small process that has imported everything but Go, and forks the device processes.
 
 `python -m whatsapp_worker.fork_helper FD`, started by the supervisor with one end of a Unix socket
 pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS) and,
 where wanted, a file for the stderr of its native libraries; one answer a packet. It stays
-single-threaded, so that a fork is safe, and never loads neonize, since a forked Go runtime hangs.
+single-threaded, so that a fork is safe, and never loads neonize's Go library, since a forked Go
+runtime hangs: `neonize_loader.py`.
 At the end of its socket it exits; its children go on, since each hangs on its own channel, and the
 supervisor adopts them.
 
@@ -22,20 +23,20 @@ import select
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from whatsapp_worker import process, telemetry, warmup
+from whatsapp_worker import neonize_loader, process, telemetry, warmup
 from whatsapp_worker.reports import Channel, Exit
 from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PACKET = 65_536
+PLAIN = "plain"  # argument: without neonize's Python
 
 # What the children will need, neonize's own needs included. Missing ones cost a child time only.
 PRELOAD = (
@@ -179,30 +180,43 @@ class ForkHelper:
             self._sock.send(json.dumps(answer).encode())
 
 
-def preload() -> None:
+def preload(*, plain: bool) -> None:
     """Import what children need and set it aside from the garbage collector, which would touch,
-    and so copy, every page in every child."""
+    and so copy, every page in every child.
+
+    Args:
+        plain: Of neonize, its protobuf classes only.
+
+    Raises:
+        Surprise: neonize is not as expected: start anew, plain.
+    """
     for name in PRELOAD:
         try:
             importlib.import_module(name)
         except ImportError as error:
             log.debug("fork_helper.not_preloaded", extra={"module": name, "problem": str(error)})
+    neonize_loader.preload()
+    if not plain:
+        neonize_loader.preload_python()
     warmup.warm_up()
-    if "neonize" in sys.modules:
-        raise RuntimeError("the fork helper has loaded neonize: its children would hang")
-    if threading.active_count() != 1:
-        raise RuntimeError(f"the fork helper has threads: {threading.enumerate()}")
+    if problem := neonize_loader.unfit_to_fork():
+        raise RuntimeError(f"the fork helper must not fork: {problem}")
     gc.collect()
     gc.freeze()
 
 
-def main(descriptor: int) -> int:
+def main(descriptor: int, *, plain: bool) -> int:
     """Entry point of the process."""
-    telemetry.set_up(Settings.read(os.environ))
+    environ = dict(os.environ)
+    telemetry.set_up(Settings.read(environ))
     process.set_name("wa-forker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # neonize prints on stdout, which belongs to commands
-    preload()
+    try:
+        preload(plain=plain)
+    except neonize_loader.Surprise as surprise:
+        log.warning("fork_helper.neonize_not_shared", extra={"problem": str(surprise)})
+        os.execve(sys.executable, [*sys.orig_argv, PLAIN], environ)
     from whatsapp_worker import device_process, pairing
 
     children: dict[str, Callable[..., Any]] = {
@@ -214,4 +228,4 @@ def main(descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), plain=PLAIN in sys.argv[2:]))

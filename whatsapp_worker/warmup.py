@@ -10,13 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 from storage.ledger import Claim, Ledger, Settlement
-from whatsapp_worker import device, message, redis_client
+from whatsapp_worker import message, redis_client
 
 
 def warm_up() -> None:
-    """Load what children load and go through the motions of one message, in a folder that is
-    gone afterwards. Leaves no thread, no connection and no descriptor behind."""
-    device.preload()
+    """Go through the motions of one message, in a folder that is gone afterwards. Leaves no
+    thread, no connection and no descriptor behind."""
     with tempfile.TemporaryDirectory(prefix="whatsapp-worker-") as folder:
         _rehearse(Path(folder))
 
