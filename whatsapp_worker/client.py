@@ -79,7 +79,10 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A message before it is enqueued; made by `text`, `image` and the other functions below."""
+    """A message before it is enqueued; made by `text`, `image` and the other functions below.
+
+    It has a message id, so enqueueing one draft again sends nothing twice.
+    """
 
     to: str
     message: Fields  # a Cloud API message object
@@ -87,12 +90,11 @@ class Draft:
 
     def kwargs(self, session: str) -> Fields:
         """The keyword arguments of its job."""
-        options = {"message_id": str(uuid.uuid4()), **self.options}
-        return {"session": session, "to": self.to, "message": self.message, **options}
+        return {"session": session, "to": self.to, "message": self.message, **self.options}
 
 
 def _draft(to: str, kind: str, content: Any, options: Options) -> Draft:
-    given: Fields = dict(options)
+    given: Fields = {"message_id": str(uuid.uuid4()), **options}
     message = {"type": kind, kind: content}
     context = {key: given.pop(name) for name, key in _CONTEXT.items() if name in given}
     if context:
@@ -308,7 +310,7 @@ class Outbox:
     """Enqueues messages, tells what became of them, and reads events. Keeps no state.
 
     Every method may raise redis.RedisError: whether the call took effect is then not known, and
-    it may be repeated with the same message ids.
+    it may be repeated with the same message ids or drafts.
     """
 
     def __init__(self, redis: Redis) -> None:
@@ -393,7 +395,7 @@ class Outbox:
         self._redis.rpush(CANCEL_REQUESTS, request)
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            found: Any = self._redis.blpop([f"{CANCEL_REQUESTS}:{id}"], timeout=min(left_s, 1.0))
+            found: Any = self._redis.blpop([f"{CANCEL_REQUESTS}:{id}"], timeout=_wait_s(left_s))
             if found:
                 return _answer(json.loads(found[1]))
         if self._redis.lrem(CANCEL_REQUESTS, 1, request):  # type: ignore[arg-type]
@@ -484,7 +486,7 @@ class Outbox:
             left_s = 1.0 if timeout_s is None else heard_at + timeout_s - now
             if left_s <= 0:
                 return
-            entries = self._read(group, consumer, ">", block_ms=int(min(left_s, 1.0) * 1000) or 1)
+            entries = self._read(group, consumer, ">", block_ms=int(_wait_s(left_s) * 1000))
             if entries:
                 yield from self._batch(group, entries)
                 heard_at = time.monotonic()
@@ -515,15 +517,15 @@ class Outbox:
         return _entries(reply)
 
     def _batch(self, group: str, entries: Sequence[Any]) -> Iterator[StreamEvent]:
-        done: list[Any] = []
-        try:
-            for entry_id, fields in entries:
-                if fields:  # trimmed ones have none
-                    yield _event(entry_id, fields)
-                done.append(entry_id)
-        finally:
-            if done:
-                self._redis.xack(EVENTS_STREAM, group, *done)
+        for entry_id, fields in entries:
+            if fields:  # trimmed ones have none
+                yield _event(entry_id, fields)
+            self._redis.xack(EVENTS_STREAM, group, entry_id)
+
+
+def _wait_s(left_s: float) -> float:
+    """For a command that blocks; never so short that an old Redis takes it for no limit at all."""
+    return min(max(left_s, 0.01), 1.0)
 
 
 def _id(job: Job | str) -> str:
@@ -538,12 +540,13 @@ def _outcome(id: str, status: bytes | None, meta: bytes | None) -> Outcome:
     if status is None:
         raise JobGone(f"there is no job {id}: it expired, or it never was")
     noted = json.loads(meta).get("outcome") if meta else None
-    has_ended = status.decode() in (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.CANCELED)
+    # Not one that RQ's `cancel` took from the queue: it may have been in hand, and the worker says
+    # within seconds what became of it.
+    has_ended = status.decode() in (JobStatus.FINISHED, JobStatus.FAILED)
     if noted and has_ended:
         return Outcome(**{**noted, "status": Status(noted["status"])})
     if has_ended:
-        cancelled = status.decode() == JobStatus.CANCELED
-        return Outcome(Status.CANCELLED if cancelled else Status.FAILED)
+        return Outcome(Status.FAILED)
     is_started = status.decode() == JobStatus.STARTED
     return Outcome(Status.SENDING if is_started else Status.QUEUED)
 

@@ -142,6 +142,13 @@ def count_round_trips(redis: Redis) -> list[int]:
     return trips
 
 
+def test_a_draft_enqueued_again_is_the_same_message(redis, out):
+    draft = client.text(TO, "Hello")
+    first, again = out.send_many("sales", [draft]) + out.send_many("sales", [draft])
+    assert first.kwargs == again.kwargs and first.kwargs["message_id"]
+    assert client.text(TO, "Hello").kwargs("sales") != first.kwargs
+
+
 def test_jobs_come_back_in_the_order_of_their_drafts(redis, out):
     drafts = [
         client.text(TO, "a", message_id="1"),
@@ -188,8 +195,14 @@ def test_a_job_failed_by_others_counts_as_failed(redis, out):
     job = out.send_text("sales", TO, "Hello")
     redis.hset(f"rq:job:{job.id}", "status", "failed")
     assert out.wait(job).status is Status.FAILED
-    redis.hset(f"rq:job:{job.id}", "status", "canceled")
-    assert out.wait(job).status is Status.CANCELLED
+
+
+def test_a_job_cancelled_with_rq_has_not_ended_until_the_worker_says_so(redis, out):
+    job = out.send_text("sales", TO, "Hello")
+    job.cancel()
+    assert out.outcome(job).status is Status.QUEUED
+    settle(redis, job, status=Status.SENT)  # it was in hand
+    assert out.wait(job).status is Status.SENT
 
 
 def tell(redis, *names):
@@ -222,6 +235,13 @@ def test_an_event_whose_handling_failed_comes_again(redis, out):
             if event.payload["message_id"] == "b":
                 raise ZeroDivisionError
     assert seen(out.events("crm", timeout_s=0.05)) == ["b", "c"]
+
+
+def test_an_event_is_acknowledged_when_the_next_is_asked_for(redis, out):
+    tell(redis, *"abcde")
+    reader = out.events("crm")
+    left = [(next(reader), redis.xpending("wa:events", "crm")["pending"])[1] for _ in range(3)]
+    assert left == [5, 4, 3]
 
 
 def test_what_a_dead_consumer_left_is_taken_over(redis, out, monkeypatch):
