@@ -31,18 +31,23 @@ from whatsapp_worker.settings import Settings
 log = logging.getLogger(__name__)
 
 DRAIN_S = 8.0  # what the send in hand gets
-PAIRED_TO_ENDED_S = 20.0  # a pairing process that paired and then says nothing more
+PAIRED_TO_ENDED_S = 20.0  # a pairing process that paired, until its end; and the login after it
 LOGOUT_ATTEMPT_S = 30.0
 CONNECT_MARGIN_S = 5.0  # the device process ends a dial by itself; this is for one that does not
 LOGOUT_RETRY_S = 3.0
 LEFTOVER_RETRY_S = 0.5
+LOCK_WAIT_S = 1.0  # others look at the lock for an instant
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
 RECYCLE_SPREAD_S = 6 * 3600.0  # sessions that began together are not recycled together
+# One that is too big is recycled at this age, the next at twice that: one that is too big from the
+# start would else log in all the time, to no avail.
 YOUNG_S = 10.0
+LONGEST_YOUTH_S = 3600.0
 OPEN_FILES_SHARE = 0.8
 FORCED_MEMORY = 1.5  # times the limit
 
+_LONG_AGO = float("-inf")
 _WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
 _WAITING = frozenset(State) - {State.CONNECTING, State.CONNECTED, State.DELETED}
 _TRIGGERS = {
@@ -133,8 +138,10 @@ class ManagedSession:
         self._logout: LogoutAttempt | None = None
         self._is_restarting = False
         self._recycle_after_s = RECYCLE_AFTER_S + random.uniform(0, RECYCLE_SPREAD_S)
+        self._youth_s = YOUNG_S
         self._not_before = 0.0  # no process is started before
         self._sent = 0  # messages of this process, as it last said
+        self._is_told_held = False  # of a process that is not ours and holds the session
         self._phone_lists_it = False
         self._is_gone = False
         self._status = SessionStatus(
@@ -188,18 +195,23 @@ class ManagedSession:
         """Whether its deletion is finished."""
         return self._is_gone
 
+    @property
+    def _is_at_home(self) -> bool:
+        """Whether this supervisor serves the network that the session lives on."""
+        return self.wanted.network == self._host.settings.network
+
     # What comes in
 
     def _resume(self, now: float) -> None:
         """Take up what an earlier supervisor left."""
         self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
         self._link_file.unlink(missing_ok=True)
-        if self.wanted.run != "run" or self.wanted.network != self._host.settings.network:
+        if self.wanted.run != "run":
             return
         asked = self.wanted.link and self.wanted.link.get("request")
         if self.record.generation < self.wanted.generation or self._is_new(asked, "link"):
             self.want(self.wanted, now)
-        if self._link is None and self.due_at is None:
+        if self._is_at_home and self._link is None and self.due_at is None:
             self._resume_running(now)
 
     def _resume_running(self, now: float) -> None:
@@ -218,14 +230,17 @@ class ManagedSession:
     def want(self, wanted: Wanted, now: float) -> None:
         """Operators changed their mind."""
         self.wanted = wanted
-        if wanted.run != "run" or wanted.network != self._host.settings.network:
+        if wanted.run != "run" or not self._is_at_home:
             self._give_up_link(Reason.OPERATOR, now)
             self._logout, self.due_at = None, None
+        if wanted.run != "run":
             return
         if self._link and self._link.request != (wanted.link or {}).get("request"):
             self._give_up_link(Reason.OPERATOR, now)
         if self._is_new(wanted.link and wanted.link.get("request"), "link"):
             self._begin_link(dict(wanted.link or {}), now)
+        elif not self._is_at_home:
+            return
         elif self._is_new(wanted.logout, "logout"):
             self._note_handled("logout", wanted.logout)
             self._logout = LogoutAttempt(wanted.logout, now + LOGOUT_ATTEMPT_S)
@@ -319,7 +334,11 @@ class ManagedSession:
             "number": report.get("number"),
             "expires_at": wall + float(report.get("expires_in_s") or 0),
         }
-        _write_private(self._link_file, json.dumps(facts))
+        try:
+            _write_private(self._link_file, json.dumps(facts))
+        except OSError as error:
+            log.error("link.code_not_shown", extra={"session": self.id, "problem": str(error)})
+            return
         self._status.note(Event.QR, number=report.get("number"))
         self._host.told(Event.QR, self.id, {"number": report.get("number")})
 
@@ -340,7 +359,7 @@ class ManagedSession:
     def _pursue(self, now: float) -> None:
         if self.wanted.run == "delete":
             self._pursue_deletion(now)
-        elif self.wanted.network != self._host.settings.network:
+        elif not self._is_at_home:
             self._rest(now, Reason.WRONG_NETWORK)
         elif self.wanted.run == "stop":
             self._rest(now, Reason.OPERATOR)
@@ -375,6 +394,8 @@ class ManagedSession:
 
     def _is_starting(self, now: float) -> bool:
         """Whether a command waits for a dial that is due, or for something to end before it."""
+        if self.process is not None and self.process.is_ending:
+            return True
         is_due = self.process is None and self.due_at is not None and now >= self.due_at
         is_waiting = is_due and self.reason is not Reason.CAPACITY
         return is_waiting or self._is_restarting or self._logout is not None
@@ -395,9 +416,10 @@ class ManagedSession:
         """Log out while that is possible, then remove everything; one step a tick."""
         self._give_up_link(Reason.OPERATOR, now)
         if self._logout is None:
-            could = self.state is not State.LOGGED_OUT and self._has_credentials()
-            self._phone_lists_it = could
-            self._logout = LogoutAttempt(None, now + LOGOUT_ATTEMPT_S if could else now)
+            self._phone_lists_it = self.state is not State.LOGGED_OUT and self._has_credentials()
+            # Credentials of the other network mean nothing here, and are not shown to it.
+            could = self._phone_lists_it and self._is_at_home
+            self._logout = LogoutAttempt(None, now + LOGOUT_ATTEMPT_S if could else _LONG_AGO)
             self._past, self.due_at = reconnect.History(), now
         if self.state is not State.DELETED:
             self._status.move(Trigger.DELETE, Reason.OPERATOR, said="It is being deleted.")
@@ -434,7 +456,7 @@ class ManagedSession:
             return
         if not self._host.has_room(self.id):
             if self.reason is not Reason.CAPACITY:
-                self._status.move(Trigger.STOP, Reason.CAPACITY)
+                self._status.move(Trigger.STOP, Reason.CAPACITY, attempt=0, next_attempt_at=None)
             return
         if not self._host.admits_dial(self.id):
             return
@@ -520,9 +542,8 @@ class ManagedSession:
         if verdict is not None:
             self._status.note("process.ended", reason=verdict.reason, detail=verdict.detail)
             process.end(now, verdict)
-        elif self._should_recycle(process, now):
-            reason = Reason.MEMORY_LIMIT if self._is_too_big(process, 1) else None
-            process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED, reason))
+        elif process.login_at is not None and process.heartbeat.get("idle"):
+            self._recycle(process, now - process.login_at, now)
 
     def _judge(self, process: SessionProcess, now: float) -> Ending | None:
         """The verdict over a process that must be ended at once; None for a sound one."""
@@ -553,13 +574,15 @@ class ManagedSession:
         rss_mib = process.heartbeat.get("rss_mib")
         return rss_mib is not None and rss_mib > times * self._host.settings.memory_limit_mib
 
-    def _should_recycle(self, process: SessionProcess, now: float) -> bool:
-        if process.login_at is None or not process.heartbeat.get("idle"):
-            return False
-        age_s = now - process.login_at
-        # One that is too big from the start would be recycled all the time, to no avail.
-        is_leaking = self._is_too_big(process, 1) or _descriptors_run_out(process)
-        return age_s > self._recycle_after_s or (age_s > YOUNG_S and is_leaking)
+    def _recycle(self, process: SessionProcess, age_s: float, now: float) -> None:
+        """Replace an idle process that is old, or that is too big and no child any more."""
+        is_big = self._is_too_big(process, 1)
+        is_leaking = (is_big or _descriptors_run_out(process)) and age_s > self._youth_s
+        if is_leaking:
+            self._youth_s = min(2 * self._youth_s, LONGEST_YOUTH_S)
+        if is_leaking or age_s > self._recycle_after_s:
+            reason = Reason.MEMORY_LIMIT if is_big else None
+            process.ask(now, drain_s=DRAIN_S, verdict=Ending(EndingKind.RECYCLED, reason))
 
     # Endings
 
@@ -574,6 +597,7 @@ class ManagedSession:
         if process is None:
             return
         self._is_restarting, self._sent = False, 0
+        self._is_told_held &= was_locked
         self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
         self._status.note(f"{process.kind}.ended", **ending.report())
         log.info(
@@ -594,7 +618,9 @@ class ManagedSession:
 
     def _on_locked(self, now: float) -> None:
         freed = self._host.end_leftover(self.id)
-        log.warning("session.held", extra={"session": self.id, "freed": freed})
+        if not self._is_told_held:
+            log.warning("session.held", extra={"session": self.id, "freed": freed})
+        self._is_told_held = True
         self._not_before = now + LEFTOVER_RETRY_S
         self.due_at = max(now, self.due_at or now)
 
@@ -699,7 +725,9 @@ class ManagedSession:
             back=self.state,
             back_reason=self.reason,
         )
-        if age_s > settings.link_attempt_s:  # whoever asked is long gone
+        if not self._is_at_home:
+            self._finish_link("failed", Reason.WRONG_NETWORK, now)
+        elif age_s > settings.link_attempt_s:  # whoever asked is long gone
             self._finish_link("failed", Reason.QR_EXPIRED, now)
         elif self._link.pairs and not self._host.has_room(self.id):
             self._finish_link("failed", Reason.CAPACITY, now)
@@ -745,8 +773,10 @@ class ManagedSession:
 
     def _adopt(self, link: LinkAttempt, now: float) -> None:
         """Make the new credentials the session's own, and log in with them."""
+        lock = self._host.sessions.session_lock(self.id)
         try:
-            with self._host.sessions.session_lock(self.id):
+            lock.acquire(LOCK_WAIT_S)
+            with lock:
                 who = device_store.adopt(self._folder / "pairing.db", self._folder / "device.db")
         except (DeviceStoreBroken, StorageError, OSError) as error:
             log.error("link.not_adopted", extra={"session": self.id, "problem": str(error)})
@@ -754,6 +784,7 @@ class ManagedSession:
             return
         self._status.set(jid=who.jid, lid=who.lid, phone=who.phone, push_name=who.push_name)
         link.pairs = False
+        link.deadline = max(link.deadline, now + PAIRED_TO_ENDED_S)  # it may have been late
         self._start(now)
 
     def _give_up_link(self, reason: Reason, now: float) -> None:

@@ -88,14 +88,29 @@ _SENTENCES = {
 
 # Where there are no credentials, or a link attempt failed, nothing goes on by itself.
 _LINK_SENTENCES = {
+    Reason.KEEPALIVE_TIMEOUT: "WhatsApp stopped answering. Try again:"
+    " whatsapp-worker link {session}",
+    Reason.STREAM_REPLACED: "Another WhatsApp client took this session over. Stop the other one,"
+    " then run: whatsapp-worker link {session}",
+    Reason.STREAM_ERROR: "WhatsApp ended the stream. Try again: whatsapp-worker link {session}",
+    Reason.CLIENT_OUTDATED: "WhatsApp refuses this client version. Upgrade neonize, then run:"
+    " whatsapp-worker link {session}",
+    Reason.TEMPORARY_BAN: "WhatsApp banned this number for a time. When that is over, run:"
+    " whatsapp-worker link {session}",
     Reason.CONNECTION_FAILED: "WhatsApp could not be reached. Check this host's network, then run:"
     " whatsapp-worker link {session}",
-    Reason.STREAM_ERROR: "WhatsApp ended the stream. Try again: whatsapp-worker link {session}",
     Reason.PROCESS_CRASHED: "The pairing process crashed; its log is in whatsapp-worker logs"
     " {session}. Try again: whatsapp-worker link {session}",
     Reason.PROCESS_HUNG: "The pairing process made no progress and was ended. Try again:"
     " whatsapp-worker link {session}",
+    Reason.MEMORY_LIMIT: "The process used too much memory and was ended. Try again:"
+    " whatsapp-worker link {session}",
+    Reason.FLAPPING: "The connection was lost again and again right after logging in. Look for a"
+    " second client of this number, then run: whatsapp-worker link {session}",
+    Reason.OPERATOR: "An operator ended the link attempt. Try again:"
+    " whatsapp-worker link {session}",
 }
+_NOT_LINKED = "No phone is linked to it. Link one: whatsapp-worker link {session}"
 
 
 def sentence(reason: Reason | None, session: str, *, linking: bool = False) -> str:
@@ -108,6 +123,13 @@ def sentence(reason: Reason | None, session: str, *, linking: bool = False) -> s
         return ""
     said = _LINK_SENTENCES.get(reason) if linking else None
     return (said or _SENTENCES[reason]).format(session=session)
+
+
+def state_sentence(state: State, reason: Reason | None, session: str) -> str:
+    """The same for a session that is in a state for a reason."""
+    if state is State.UNLINKED and reason is None:
+        return _NOT_LINKED.format(session=session)
+    return sentence(reason, session, linking=state is State.UNLINKED)
 
 
 class Trigger(StrEnum):

@@ -9,7 +9,7 @@ from storage.errors import RecordMissing, StorageError
 from storage.sessions import Sessions, StateRecord
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.history import History
-from whatsapp_worker.session import Reason, State, Trigger, sentence, step
+from whatsapp_worker.session import Reason, State, Trigger, state_sentence, step
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,11 @@ class SessionStatus:
         self._save_at = 0.0
         self._retry_save_at = 0.0
         self.record = record or StateRecord(
-            generation=0, state=State.UNLINKED, since=wall(), touched_at=touched_at
+            generation=0,
+            state=State.UNLINKED,
+            since=wall(),
+            sentence=state_sentence(State.UNLINKED, None, id),
+            touched_at=touched_at,
         )
 
     @property
@@ -75,7 +79,7 @@ class SessionStatus:
         is_same = (following, reason) == (before.state, before.reason)
         since = before.since if following == before.state else round(self._wall(), 3)
         if said is None:
-            said = sentence(reason, self._id, linking=following is State.UNLINKED)
+            said = state_sentence(following, reason, self._id)
         self.set(state=following, reason=reason, sentence=said, since=since, **facts)
         if not is_same:
             self._tell_change(before)

@@ -4,6 +4,7 @@ import json
 import resource
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -476,6 +477,109 @@ def test_delete_of_a_session_never_linked_takes_no_time(tmp_path: Path) -> None:
     assert play.kinds == []
 
 
+def test_a_phone_that_accepts_in_the_last_second_has_time_to_log_in(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.tick(179)
+    play.say("paired", jid="1:2@s")
+    make_credentials(play.folder / "pairing.db")
+    play.tick(2)
+    assert play.exit(Ending(EndingKind.LINKED)) is State.CONNECTING
+    assert play.saved.link is None
+    play.tick(2)
+    play.say("connected", jid="1:2@s", phone="1")
+    assert play.saved.link["result"] == "linked"
+
+
+def test_a_look_at_the_lock_does_not_spoil_a_link(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.say("paired", jid="1:2@s")
+    make_credentials(play.folder / "pairing.db")
+    lock = play.host.sessions.session_lock("sales")
+    lock.acquire()
+    threading.Timer(0.2, lock.release).start()
+    assert play.exit(Ending(EndingKind.LINKED)) is State.CONNECTING
+
+
+def test_a_link_given_up_by_its_operator_says_how_to_link(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.want(link=None)
+    play.exit(None, status=9)
+    assert (play.session.state, play.saved.reason) == (State.UNLINKED, "operator")
+    assert play.saved.sentence.endswith("whatsapp-worker link sales")
+
+
+def test_a_session_without_credentials_says_how_to_link(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    play.want(run="stop")
+    assert play.session.state is State.STOPPED
+    play.want(run="run")
+    assert play.session.state is State.UNLINKED
+    assert play.saved.sentence.endswith("whatsapp-worker link sales")
+
+
+def test_a_link_of_a_session_of_the_other_network_is_answered_at_once(play: Play) -> None:
+    play.want(network="whatsapp")
+    link(play, again=True)
+    assert play.saved.link["reason"] == "wrong-network"
+    assert play.kinds == []
+
+
+def test_a_code_that_cannot_be_written_does_not_cost_what_is_said_after_it(
+    tmp_path: Path,
+) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    assert play.host.far is not None and play.session.process is not None
+    (play.folder / "link.json.tmp").mkdir()  # neither removed nor written
+    play.host.far.send(report="qr", code="first", expires_in_s=60, number=1)
+    play.host.far.send(report="paired", jid="1:2@s")
+    make_credentials(play.folder / "pairing.db")
+    play.tick()
+    assert play.exit(None, status=9) is State.CONNECTING, "it was paired"
+
+
+def test_a_session_of_the_other_network_is_deleted_without_a_dial(play: Play) -> None:
+    play.want(network="whatsapp")
+    play.want(run="delete", why="delete")
+    assert play.kinds == []
+    assert "phone still lists" in play.host.deleted[0]
+
+
+def test_start_is_not_answered_by_the_connection_that_a_stop_is_ending(play: Play) -> None:
+    play.start()
+    play.want(run="stop")
+    play.want(run="run")
+    assert play.session.state is State.CONNECTED
+    assert play.saved.generation < play.wanted.generation
+    play.exit(Ending(EndingKind.STOPPED))
+    play.say("connected")
+    assert play.saved.generation == play.wanted.generation
+
+
+def test_a_session_that_waits_for_room_tells_of_no_attempt(play: Play) -> None:
+    play.start()
+    play.exit(LOST)
+    play.host.room = False
+    play.tick(3)
+    assert (play.saved.reason, play.saved.attempt) == ("capacity", 0)
+    assert play.saved.next_attempt_at is None
+
+
+def test_a_held_session_is_told_once_not_all_the_time(
+    play: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    with play.host.sessions.session_lock("sales"):
+        play.want(why="start")
+        for _ in range(20):
+            play.tick(1)
+    assert [record.message for record in caplog.records].count("session.held") == 1
+    assert len(play.host.freed) > 10
+    assert play.tick(1) is State.CONNECTING
+
+
 def test_silence_is_a_hang_and_ends_in_sigterm_then_a_new_attempt(play: Play) -> None:
     play.start()
     play.tick(121)
@@ -517,6 +621,22 @@ def test_a_big_process_is_recycled_when_idle_and_forced_at_one_and_a_half(play: 
     play.say("heartbeat", rss_mib=760, idle=False)
     assert play.exit(None, status=15) is State.RECONNECTING
     assert play.saved.reason == "memory-limit"
+
+
+def test_one_that_is_too_big_from_the_start_is_recycled_less_and_less_often(play: Play) -> None:
+    play.start()
+    ages = []
+    for _ in range(4):
+        process = play.session.process
+        assert process is not None
+        born_at = play.host.now
+        while not process.is_ending:
+            play.tick(1)
+            play.say("heartbeat", rss_mib=600, idle=True)
+        ages.append(play.host.now - born_at)
+        play.exit(Ending(EndingKind.STOPPED))
+        play.say("connected")
+    assert ages == [11, 21, 41, 81]
 
 
 def test_a_process_that_runs_out_of_open_files_is_recycled_when_idle(play: Play) -> None:

@@ -15,6 +15,7 @@ from whatsapp_worker.session import (
     Trigger,
     document,
     sentence,
+    state_sentence,
     step,
 )
 
@@ -78,17 +79,16 @@ def test_the_diagram_in_the_docs_is_the_table() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [
-        Reason.QR_EXPIRED,
-        Reason.LINK_REFUSED,
-        Reason.CONNECTION_FAILED,
-        Reason.STREAM_ERROR,
-        Reason.PROCESS_CRASHED,
-        Reason.PROCESS_HUNG,
-    ],
-)
+_NOT_BY_LINKING = {Reason.CAPACITY, Reason.WRONG_NETWORK, Reason.CANNOT_RUN}
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason not in _NOT_BY_LINKING])
 def test_a_failed_link_says_how_to_try_again(reason: Reason) -> None:
     text = sentence(reason, "sales", linking=True)
-    assert "whatsapp-worker link sales" in text and "by itself" not in text
+    assert text.endswith("whatsapp-worker link sales") and "by itself" not in text
+
+
+@pytest.mark.parametrize("reason", [None, *Reason])
+def test_a_session_without_credentials_is_not_told_to_start(reason: Reason | None) -> None:
+    text = state_sentence(State.UNLINKED, reason, "sales")
+    assert text and "start sales" not in text and "by itself" not in text
