@@ -143,6 +143,13 @@ def command_line(pid: int) -> str:
     return ""
 
 
+def working_folder(pid: int) -> Path | None:
+    """Where a process works; None when it is gone, or another user's."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cwd").readlink()
+    return None
+
+
 def end(process: "subprocess.Popen[bytes]", *, timeout_s: float) -> bool:
     """SIGTERM, wait, SIGKILL; whether it went without the SIGKILL."""
     deadline = time.monotonic() + timeout_s

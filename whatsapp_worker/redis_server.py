@@ -129,7 +129,7 @@ class EmbeddedRedis:
         except (OSError, ValueError, KeyError, TypeError):
             return
         deadline = time.monotonic() + PREDECESSOR_TIMEOUT_S
-        while pid != self.pid and _is_redis(pid):
+        while pid != self.pid and _is_redis(pid, self._folder):
             if time.monotonic() > deadline:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -173,10 +173,12 @@ class EmbeddedRedis:
         return process.end(self._process, timeout_s=timeout_s)
 
 
-def _is_redis(pid: int) -> bool:
-    """Whether this process is alive and a Redis; its command line shows no more than that."""
+def _is_redis(pid: int, folder: Path) -> bool:
+    """Whether this process is alive and the Redis of this folder, where it works: its command line
+    says no more than that it is one, and after a restart of the host the id may be another's."""
     words = process.command_line(pid)
-    return process.is_alive(pid) and ("redis-server" in words or "valkey-server" in words)
+    is_one = process.is_alive(pid) and ("redis-server" in words or "valkey-server" in words)
+    return is_one and process.working_folder(pid) == folder.resolve()
 
 
 def _answers(client: redis.Redis) -> bool:

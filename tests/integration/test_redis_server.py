@@ -116,3 +116,20 @@ def test_the_redis_of_a_killed_owner_is_gone_before_the_next_opens_its_file(
     finally:
         second.stop()
         first.stop()
+
+
+def test_a_redis_that_has_the_id_of_the_last_one_is_not_ours_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_server, "PREDECESSOR_TIMEOUT_S", 0.0)
+    (tmp_path / "ours").mkdir()
+    others = redis_server.start(tmp_path / "others")
+    (tmp_path / "ours" / "redis.json").write_text(
+        json.dumps({"url": "unix://x", "pid": others.pid})
+    )
+    ours = redis_server.start(tmp_path / "ours")
+    try:
+        assert others.is_running() and connect(others.url).ping()
+    finally:
+        ours.stop()
+        others.stop()
