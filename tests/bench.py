@@ -26,6 +26,7 @@ from support import eventually
 from world import World
 
 CONTACT = "552198888{:04d}"
+LOGGED_IN, LOADED = "logged in", "after its load"
 
 
 def main() -> None:
@@ -57,14 +58,18 @@ class Bench:
         row("fsync of this disk", f"{_fsync_ms(self.world.folder):.2f} ms")
         for database in self.raws:
             self._pair_raw(database)
+        self._raw_rate(self.raws[:1], 2)
         self._link(self.fleet[:1])
+        self._memory(self.fleet[:1], LOGGED_IN)
         self._latency()
         self._throughput(self.raws[:1], self.fleet[:1], self.messages)
-        self._memory(1)
+        self._memory(self.fleet[:1], LOADED)
         self._fork_to_connected_alone()
         self._link(self.fleet[1:])
-        self._throughput(self.raws, self.fleet[: len(self.raws)], self.messages // 4)
-        self._memory(len(self.fleet))
+        self._memory(self.fleet, LOGGED_IN)
+        senders = self.fleet[: len(self.raws)]
+        self._throughput(self.raws, senders, self.messages // 4)
+        self._memory(senders, LOADED)
         self._idle_cpu()
         self._fork_to_connected_together()
 
@@ -147,6 +152,7 @@ class Bench:
             raise RuntimeError(done.stderr[-2000:])
         told = json.loads(done.stderr.splitlines()[-1])
         self.raw_private_mib = told["private_mib"]
+        self.raw_loaded_mib = told["loaded_mib"]
         self.raw_connect_s = told["connect_s"]
         self.raw_send_ms = told["send_ms"]
 
@@ -168,16 +174,13 @@ class Bench:
             raw = self.raw_send_ms
             row(f"idle latency, {name}", f"{value:.1f} ms", f"{raw:.1f} ms", value / raw)
 
-    def _memory(self, sessions: int) -> None:
-        pids = [self.world.state(name)["pid"] for name in self.fleet[:sessions]]
+    def _memory(self, sessions: list[str], when: str) -> None:
+        """What a device process has to itself; alone on a host that is its libraries, too."""
+        pids = [self.world.state(name)["pid"] for name in sessions]
         mean = statistics.mean(psutil.Process(p).memory_full_info().uss for p in pids) / 2**20
-        raw = self.raw_private_mib
-        row(
-            f"private memory a process, {sessions} sessions",
-            f"{mean:.1f} MiB",
-            f"{raw:.1f} MiB",
-            mean / raw,
-        )
+        raw = self.raw_private_mib if when == LOGGED_IN else self.raw_loaded_mib
+        what = "1 session" if len(sessions) == 1 else f"{len(sessions)} sessions"
+        row(f"private memory, {what}, {when}", f"{mean:.1f} MiB", f"{raw:.1f} MiB", mean / raw)
 
     def _fork_to_connected_alone(self) -> None:
         name = self.fleet[0]
@@ -236,7 +239,10 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 def _forked_at(pid: int) -> float:
-    return float(psutil.Process(pid).create_time())
+    """Unix time, to a hundredth: psutil takes the time of the boot in whole seconds."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted_at + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _quantile(values: list[float], share: float) -> float:

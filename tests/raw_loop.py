@@ -3,7 +3,7 @@
     raw_loop.py DATABASE TO COUNT
 
 Prints one JSON line on stderr: seconds from connect to Connected, milliseconds a send, and this
-process's private memory once logged in.
+process's private memory once logged in and after the sends.
 """
 
 import json
@@ -31,7 +31,7 @@ def main(database: str, to: str, count: int) -> None:
     threading.Thread(target=client.connect, daemon=True).start()
     assert connected.wait(30)
     connect_s = time.monotonic() - started
-    private_mib = psutil.Process().memory_full_info().uss / 2**20
+    private_mib = _private_mib()
     jid = build_jid(to)
     for _ in range(20):
         client.send_message(jid, neonize.client.Message(conversation="bench"))
@@ -39,9 +39,18 @@ def main(database: str, to: str, count: int) -> None:
     for _ in range(count):
         client.send_message(jid, neonize.client.Message(conversation="bench"))
     send_ms = (time.monotonic() - started) / count * 1000
-    facts = {"connect_s": connect_s, "send_ms": send_ms, "private_mib": private_mib}
+    facts = {
+        "connect_s": connect_s,
+        "send_ms": send_ms,
+        "private_mib": private_mib,
+        "loaded_mib": _private_mib(),
+    }
     print(json.dumps(facts), file=sys.stderr, flush=True)
     os._exit(0)
+
+
+def _private_mib() -> float:
+    return float(psutil.Process().memory_full_info().uss / 2**20)
 
 
 if __name__ == "__main__":
