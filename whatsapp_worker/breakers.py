@@ -73,5 +73,5 @@ class Breaker:
                 opened_at=None if opened_at is None else float(opened_at),
                 last=tuple(dict(failure) for failure in fields.get("last", ()))[-MAX_REMEMBERED:],
             )
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return cls()

@@ -109,5 +109,7 @@ class MessageBreaker:
 
 
 def _number(stored: Mapping[str, Any], name: str) -> float:
-    value = stored.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    try:
+        return float(stored.get(name, 0.0))
+    except (TypeError, ValueError, OverflowError):
+        return 0.0

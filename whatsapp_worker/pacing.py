@@ -4,6 +4,7 @@ Between two messages lies a gap of 60 s / per_minute, more or less by the jitter
 a contact that was never written to. A cap ends the day (UTC) early.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,10 +74,10 @@ class Paced:
         """What was stored; nothing sent where there is nothing, or nothing that can be read."""
         try:
             fields = stored or {}
-            last_at = fields.get("last_at")
+            last_at = float(fields.get("last_at") or "nan")
             return replace(
                 cls(),
-                last_at=None if last_at is None else float(last_at),
+                last_at=last_at if math.isfinite(last_at) else None,
                 lot=min(1.0, max(-1.0, float(fields.get("lot", 0.0)))),
                 day=int(fields.get("day", 0)),
                 sent=max(0, int(fields.get("sent", 0))),

@@ -15,11 +15,6 @@ class Kind(StrEnum):
     STOP_SENDING = "stop-sending"  # refused, not sent; WhatsApp wants this number to pause
 
     @property
-    def is_certain(self) -> bool:
-        """Whether the message certainly was not sent."""
-        return self is not Kind.UNSURE
-
-    @property
     def is_transport_fault(self) -> bool:
         """Whether the message breaker counts it."""
         return self in (Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT)

@@ -1,5 +1,7 @@
 """The breaker: counted by hand, and against a simple model."""
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,6 +51,11 @@ def test_it_is_closed_exactly_while_fewer_failures_in_a_row_than_the_threshold(
         assert Breaker.read(breaker.as_dict()) == breaker
 
 
-@given(st.dictionaries(st.sampled_from(["failures", "opened_at", "last"]), st.text() | st.none()))
-def test_what_cannot_be_read_counts_as_closed_or_as_what_it_says(stored: dict[str, str]) -> None:
+_STORED = (
+    st.text() | st.none() | st.floats() | st.integers() | st.just(10**400) | st.lists(st.text())
+)
+
+
+@given(st.dictionaries(st.sampled_from(["failures", "opened_at", "last"]), _STORED))
+def test_what_cannot_be_read_counts_as_closed_or_as_what_it_says(stored: dict[str, Any]) -> None:
     assert Breaker.read(stored).phase(0, reset_s=1) in Phase

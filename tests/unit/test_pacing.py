@@ -41,7 +41,12 @@ def test_a_clock_that_was_set_back_makes_nobody_wait():
     assert paced.due_at(NOON - 3600, TEN_A_MINUTE, is_new_contact=True) == NOON - 3600
 
 
-@given(st.dictionaries(st.sampled_from(["last_at", "lot", "day", "sent"]), st.none() | st.text()))
+@given(
+    st.dictionaries(
+        st.sampled_from(["last_at", "lot", "day", "sent"]),
+        st.none() | st.text() | st.sampled_from([10**400, float("inf"), float("nan"), [], {}]),
+    )
+)
 def test_what_cannot_be_read_counts_as_nothing_sent(stored):
     assert Paced.read(stored).due_at(NOON, TEN_A_MINUTE, is_new_contact=False) <= NOON
 

@@ -36,10 +36,6 @@ def test_every_known_failure_has_its_meaning(text: str, kind: Kind) -> None:
     assert classify(text) is kind
 
 
-def test_only_what_may_have_reached_whatsapp_is_uncertain() -> None:
-    assert [kind for kind in Kind if not kind.is_certain] == [Kind.UNSURE]
-
-
 def test_the_breaker_does_not_count_what_concerns_one_recipient_or_asks_for_a_pause() -> None:
     counted = {kind for kind in Kind if kind.is_transport_fault}
     assert counted == {Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT}
