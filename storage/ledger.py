@@ -9,7 +9,7 @@ forward. A certain failure may be claimed again; its former attempt goes to `led
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -233,8 +233,9 @@ class Ledger:
     def record(self, outcomes: Iterable[tuple[Claim, Settlement]]) -> list[Row]:
         """Write outcomes of messages that were never sent: expired, cancelled, failed.
 
-        A row that was claimed, or is settled as sent or unknown, stays as it is: so compare the
-        rows returned (one for each outcome, in order) with what was asked for. One commit.
+        A row that was claimed, or is settled as sent or unknown, stays as it is, and one with a
+        `doubtful` attempt becomes unknown: so compare the rows returned (one for each outcome, in
+        order) with what was asked for. One commit.
         """
         rows = []
         with self._database.transaction() as transaction:
@@ -279,8 +280,12 @@ class Ledger:
 
     def attempts(self, message_id: str) -> list[Attempt]:
         """The attempts before the present one, oldest first."""
-        found = self._database.run(_ATTEMPTS, self._key(message_id))
-        return [Attempt(*values) for values in found]
+        return _attempts(self._database.run(_ATTEMPTS, self._key(message_id)))
+
+    def doubtful(self, message_id: str) -> Attempt | None:
+        """The last attempt before the present one that may have been sent: while there is one, the
+        message is not `failed`, whatever became of the present one."""
+        return _doubtful(self.attempts(message_id))
 
     def recent(
         self, limit: int = 100, *, status: str | None = None, before: float | None = None
@@ -439,8 +444,9 @@ class Ledger:
             row = self._lock(transaction, claim.message_id)
             is_repeat = row.job_id == claim.job_id and row.status == settlement.status
             if row.status in REOPENABLE and not is_repeat:
+                found = transaction.fetch(_ATTEMPTS, self._key(claim.message_id))
                 self._reopen(transaction, claim, None)
-                self._settle(transaction, settlement)
+                self._settle(transaction, honest(settlement, _doubtful(_attempts(found))))
         return self._lock(transaction, claim.message_id)
 
     def _reopen(self, transaction: Transaction, claim: Claim, secret: bytes | None) -> None:
@@ -511,6 +517,18 @@ class _Applied(NamedTuple):
     changed: Change | None
 
 
+def honest(settlement: Settlement, doubtful: Attempt | None) -> Settlement:
+    """What became of a message, where this became of its present attempt.
+
+    Args:
+        doubtful: `Ledger.doubtful`.
+    """
+    if doubtful is None or settlement.status not in REOPENABLE:
+        return settlement
+    id, error = doubtful.wa_message_id, doubtful.error
+    return replace(settlement, status="unknown", wa_message_id=id, error=error)
+
+
 def _judge(row: Row, claim: Claim) -> Answer | None:
     """What a claim of a known message id gets; None when the message may be claimed again."""
     if row.status in REOPENABLE:
@@ -544,6 +562,14 @@ def _after(row: Row, receipt: Receipt) -> Row:
         settled_at=row.settled_at or receipt.at,
         error=None,
     )
+
+
+def _doubtful(former: list[Attempt]) -> Attempt | None:
+    return next((attempt for attempt in reversed(former) if attempt.status == "unknown"), None)
+
+
+def _attempts(found: Rows) -> list[Attempt]:
+    return [Attempt(*values) for values in found]
 
 
 def _rows(found: Rows) -> list[Row]:

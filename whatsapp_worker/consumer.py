@@ -23,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -43,6 +43,7 @@ from storage.ledger import (
     Settled,
     Settlement,
     Unsettled,
+    honest,
 )
 from whatsapp_worker import recovery
 from whatsapp_worker.breaker_board import BreakerBoard
@@ -582,7 +583,9 @@ class Consumer:
         meanwhile; but not for ever, since others wait behind it."""
         settlement = known.settlement
         if self._with_ledger(lambda: recovery.may_rest(settlement.message_id, self._ledger)):
-            resting = replace(settlement, error=recovery.RESTING)
+            resting = Settlement(
+                settlement.message_id, Status.FAILED, error=recovery.RESTING, at=settlement.at
+            )
             self._with_ledger(lambda: self._ledger.settle(resting))
             self._put_down()
             raise _Released
@@ -661,7 +664,7 @@ class Consumer:
             outcome = self._success(claim, result)
         else:
             kind = self._judge_failure(claim, result)
-            outcome = Outcome(Status.FAILED, error=str(result), claimed_at=claim.now)
+            outcome = self._failure(claim, claimed, str(result))
         self._known = _Known(
             recovery.settlement(claim.message_id, outcome),
             Finished(job, outcome, claimed.attempt),
@@ -699,6 +702,19 @@ class Consumer:
             wa_id=ack.wa_id,
             claimed_at=claim.now,
             sent_at=ack.at,
+        )
+
+    def _failure(self, claim: Claim, claimed: Claimed, error: str) -> Outcome:
+        """This attempt was certainly not sent; but one before it may have been."""
+        failed = Settlement(claim.message_id, Status.FAILED, error=error)
+        if claimed.attempt > 1:
+            doubtful = self._with_ledger(lambda: self._ledger.doubtful(claim.message_id))
+            failed = honest(failed, doubtful)
+        return Outcome(
+            Status(failed.status),
+            wa_message_id=failed.wa_message_id,
+            error=failed.error,
+            claimed_at=claim.now,
         )
 
     def _judge_failure(self, claim: Claim, error: Exception) -> Kind:

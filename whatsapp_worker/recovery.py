@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from storage.ledger import Ledger, Row, Settlement
+from storage.ledger import Ledger, Row, Settlement, honest
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.rq_job import Job, Outcome
@@ -58,7 +58,7 @@ def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:
         if settlement is None:
             released.append(row)
         else:
-            ledger.settle(settlement)
+            ledger.settle(honest(settlement, ledger.doubtful(row.message_id)))
     settled = list(_settled_among(jobs, ledger))
     outbox.exchange(settled, pop=False)
     outbox.resync()

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from sending import SESSION, FakeDevice, Parts, Running, enqueue, fetch, outcome
+from sending import KEY, SESSION, FakeDevice, Parts, Running, enqueue, fetch, outcome
 from support import RedisServer, eventually
 
 from storage.ledger import Ledger, Row
 from storage.sessions import Sessions
-from whatsapp_worker import cli, redis_client
+from whatsapp_worker import cli, recovery, redis_client
+from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
+from whatsapp_worker.device import SendFailed
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.events import ReceiptWriter
 from whatsapp_worker.keys import LEDGER_GROUP
@@ -238,6 +240,40 @@ def test_a_receipt_read_while_recovery_is_under_way_is_not_forgotten(host: Host)
     parts.close()
     agrees(host, "delivered")
     assert host.told()[-1] == "message.sent"
+
+
+def test_what_may_have_arrived_before_is_not_failed_when_it_is_refused_now(host: Host) -> None:
+    host.lose_an_answer(on_unknown="resend")
+    with Running(host.parts(device=Refusing(host.folder, "server returned error 400"))):
+        eventually(host.told)
+    agrees(host, "unknown")
+    assert host.told() == ["message.unknown"]
+    host.receive()
+    host.read_receipts()
+    agrees(host, "delivered")
+    assert host.told()[-1] == "message.sent"
+
+
+def test_what_may_have_arrived_before_is_not_cancelled_when_it_waits_again(host: Host) -> None:
+    host.lose_an_answer(on_unknown="resend")
+    device = Refusing(host.folder, "failed to send message node: websocket not connected")
+    with Running(host.parts(device=device)) as running:
+        assert running.join() is Ending.NOT_CONNECTED
+    assert host.row().error in recovery.RELEASED
+    parts = host.parts()
+    cancel({"m1"}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)
+    parts.close()
+    agrees(host, "unknown")
+    assert host.told() == ["message.unknown"]
+
+
+class Refusing(FakeDevice):
+    def __init__(self, folder: Path, error: str) -> None:
+        super().__init__(folder)
+        self.error = error
+
+    def send(self, *_: Any) -> Any:
+        raise SendFailed(self.error)
 
 
 def test_a_job_that_was_deleted_while_it_was_in_hand_ends_as_its_message_did(host: Host) -> None:

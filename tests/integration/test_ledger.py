@@ -226,6 +226,21 @@ def test_outcomes_of_messages_never_sent_are_written_in_one_go(ledger: Ledger) -
     assert rows == [ledger.find(id) for id in ("m1", "m2", "m3")]
 
 
+@pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
+def test_what_an_earlier_attempt_may_have_sent_has_no_certain_end(
+    ledger: Ledger, status: str
+) -> None:
+    settled(ledger, "unknown", wa="WA1")
+    assert ledger.doubtful("m1") is None
+    claimed(ledger, now=3.0, resend=True)
+    doubtful = ledger.doubtful("m1")
+    assert doubtful is not None and doubtful.wa_message_id == "WA1"
+    ledger.settle(Settlement("m1", "failed", error="refused for the moment", at=4.0))
+    [row] = ledger.record([(a_claim(job="j2"), Settlement("m1", status, at=5.0))])
+    assert (row.status, row.wa_message_id) == ("unknown", "WA1")
+    assert row == ledger.find("m1")
+
+
 def test_the_same_outcome_again_adds_no_attempt(ledger: Ledger) -> None:
     outcome = (a_claim(), Settlement("m1", "expired", at=5.0))
     assert ledger.record([outcome]) == ledger.record([outcome])
