@@ -23,7 +23,9 @@ from storage.ledger import Ledger
 from whatsapp_worker import redis_client
 from whatsapp_worker.consumer import Consumer, Ending
 from whatsapp_worker.device import SendAck
+from whatsapp_worker.event_names import Status
 from whatsapp_worker.outbox import Outbox
+from whatsapp_worker.rq_job import Outcome
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
 
@@ -63,6 +65,7 @@ def enqueue_many(redis: "Redis", count: int) -> list[str]:
                 "to": "+5511999990001",
                 "message_id": id,
                 "message": {"type": "text", "text": {"body": f"text of {id}"}},
+                "metadata": {"of": id},
             },
         )
         for id in ids
@@ -234,13 +237,27 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
+def told_once(redis: "Redis") -> dict[str, list[tuple[str, dict[str, Any], Any]]]:
+    """By message id the events, their outcome and metadata; repetitions dropped as a CRM does."""
+    found: dict[str, list[tuple[str, dict[str, Any], Any]]] = {}
+    entries = {fields[b"id"]: fields for _, fields in redis.xrange("wa:events")}
+    for fields in entries.values():
+        payload = json.loads(fields[b"payload"])
+        told = {name: payload.get(name) for name in Outcome(Status.SENT).as_dict()}
+        event = (fields[b"event"].decode(), told, payload.get("metadata"))
+        found.setdefault(payload.get("message_id"), []).append(event)
+    return found
+
+
 def check_outcomes(
     redis: "Redis", folder: Path, ids: list[str], *, location: str | Path | None = None
 ) -> dict[str, int]:
-    """Every message ended in exactly one way, and it is the truth; how many in each."""
+    """Every message ended in exactly one way, it is the truth, and everybody was told the same;
+    how many in each."""
     received = FakeDevice(folder).received()
     ledger = Ledger.open(location or folder / "ledger.db", SESSION)
     counts: dict[str, int] = {}
+    events = told_once(redis)
     for id in ids:
         told = outcome(redis, id)
         times = received.count(f"text of {id}")
@@ -255,6 +272,7 @@ def check_outcomes(
         row = ledger.find(id)
         assert row is not None
         assert row.status == status, f"{id}: ledger {row.status}, job {status}"
+        assert events[id] == [(f"message.{status}", told, {"of": id})]
         is_finished = fetch(redis, id).get_status() == "finished"
         assert is_finished == (status == "sent")
         counts[status] = counts.get(status, 0) + 1

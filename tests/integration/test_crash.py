@@ -1,4 +1,5 @@
-"""kill -9 at any point: each message ends in exactly one outcome, and it is the truth."""
+"""kill -9 at any point: each message ends in exactly one outcome, and it is the truth. With the
+ledger on SQLite and on PostgreSQL."""
 
 import os
 import random
@@ -27,9 +28,11 @@ def is_drained(redis: Redis, ids: list[str]) -> bool:
     return redis.llen(f"rq:queue:{QUEUE}") == 0 and all(outcome(redis, id) for id in ids[-3:])
 
 
-def drain(redis: Redis, url: str, folder: Path, ids: list[str]) -> None:
+def drain(
+    redis: Redis, url: str, folder: Path, ids: list[str], *, location: str | Path | None = None
+) -> None:
     """Let a last process do what is left, and leave in order."""
-    pid = fork_consumer(url, folder)
+    pid = fork_consumer(url, folder, location=location)
     try:
         eventually(lambda: is_drained(redis, ids), within_s=60)
     finally:
@@ -37,7 +40,7 @@ def drain(redis: Redis, url: str, folder: Path, ids: list[str]) -> None:
 
 
 def test_killed_at_random_points_nothing_is_lost_or_sent_twice(
-    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path, location: str | Path
 ) -> None:
     url = shared_redis_server.url
     ids = enqueue_many(redis, 200)
@@ -45,7 +48,7 @@ def test_killed_at_random_points_nothing_is_lost_or_sent_twice(
     kills = 0
     while redis.llen(f"rq:queue:{QUEUE}") > 20 and kills < 60:
         before = redis.llen(f"rq:queue:{QUEUE}")
-        pid = fork_consumer(url, tmp_path)
+        pid = fork_consumer(url, tmp_path, location=location)
         # Often right after the start, in recovery; else in the middle of sending.
         if chance.random() < 0.7:
             goal = max(0, before - chance.randint(1, 12))
@@ -53,8 +56,8 @@ def test_killed_at_random_points_nothing_is_lost_or_sent_twice(
         time.sleep(chance.uniform(0, 0.01))
         kill(pid)
         kills += 1
-    drain(redis, url, tmp_path, ids)
-    counts = check_outcomes(redis, tmp_path, ids)
+    drain(redis, url, tmp_path, ids, location=location)
+    counts = check_outcomes(redis, tmp_path, ids, location=location)
     assert kills >= 10
     assert counts["sent"] >= 200 - kills
     assert counts.get("failed", 0) == 0
@@ -116,7 +119,7 @@ POINTS: list[tuple[str, Callable[[Parts], None]]] = [
 
 
 def test_killed_between_any_two_steps_nothing_is_lost_or_sent_twice(
-    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path, location: str | Path
 ) -> None:
     url = shared_redis_server.url
     ids = enqueue_many(redis, 200)
@@ -125,7 +128,7 @@ def test_killed_between_any_two_steps_nothing_is_lost_or_sent_twice(
         if redis.llen(f"rq:queue:{QUEUE}") <= 10:
             break
         goal = redis.llen(f"rq:queue:{QUEUE}") - 7
-        pid = fork_consumer(url, tmp_path, prepare=prepare)
+        pid = fork_consumer(url, tmp_path, location=location, prepare=prepare)
 
         def is_over(pid: int = pid, goal: int = goal) -> bool:
             options = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -136,26 +139,26 @@ def test_killed_between_any_two_steps_nothing_is_lost_or_sent_twice(
         os.kill(pid, signal.SIGTERM)  # for traps that only leaving springs
         _, status = os.waitpid(pid, 0)
         died += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    drain(redis, url, tmp_path, ids)
-    check_outcomes(redis, tmp_path, ids)
+    drain(redis, url, tmp_path, ids, location=location)
+    check_outcomes(redis, tmp_path, ids, location=location)
     assert died >= len(POINTS) // 2
 
 
 def test_sigterm_at_random_points_leaves_nothing_in_limbo(
-    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path, location: str | Path
 ) -> None:
     url = shared_redis_server.url
     ids = enqueue_many(redis, 100)
     chance = random.Random(7)
     for _ in range(15):
         goal = max(0, redis.llen(f"rq:queue:{QUEUE}") - chance.randint(0, 6))
-        pid = fork_consumer(url, tmp_path)
+        pid = fork_consumer(url, tmp_path, location=location)
         eventually(lambda: redis.llen(f"rq:queue:{QUEUE}") <= goal)  # noqa: B023
         time.sleep(chance.uniform(0, 0.005))
         assert terminate(pid) == 0
         assert redis.llen(f"rq:queue:{QUEUE}:intermediate") == 0
-    drain(redis, url, tmp_path, ids)
-    assert check_outcomes(redis, tmp_path, ids) == {"sent": 100}
+    drain(redis, url, tmp_path, ids, location=location)
+    assert check_outcomes(redis, tmp_path, ids, location=location) == {"sent": 100}
 
 
 @pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "silent"])
