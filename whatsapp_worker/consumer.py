@@ -23,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -123,10 +123,16 @@ class _Leave(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """An outcome that the ledger does not have yet."""
+    """An outcome that the ledger does not have yet; `is_passing` while it is tried again."""
 
     settlement: Settlement
     finished: Finished
+    is_passing: bool = False
+
+    @property
+    def written(self) -> Settlement:
+        """What the ledger gets should nothing follow: what is tried again waits at the head."""
+        return recovery.resting(self.settlement) if self.is_passing else self.settlement
 
 
 class _Released(Exception):
@@ -577,16 +583,15 @@ class Consumer:
         if self._settings.send_retries:
             self._sleep(_FIRST_RETRY_S)
             retrying(attempt)
+        if self._known is not None:
+            self._known = replace(self._known, is_passing=False)
 
     def _rest_at_head(self, known: _Known) -> None:
         """The breaker opened: what was certainly not sent waits for it to close, and does not fail
         meanwhile; but not for ever, since others wait behind it."""
         settlement = known.settlement
         if self._with_ledger(lambda: recovery.may_rest(settlement.message_id, self._ledger)):
-            resting = Settlement(
-                settlement.message_id, Status.FAILED, error=recovery.RESTING, at=settlement.at
-            )
-            self._with_ledger(lambda: self._ledger.settle(resting))
+            self._with_ledger(lambda: self._ledger.settle(known.written))
             self._put_down()
             raise _Released
         self._known = known
@@ -668,12 +673,15 @@ class Consumer:
         self._known = _Known(
             recovery.settlement(claim.message_id, outcome),
             Finished(job, outcome, claimed.attempt),
+            is_passing=kind is Kind.TRANSIENT,
         )
         if isinstance(trouble, Exception):
             raise trouble
-        self._outbox.note(job, outcome)
         if kind is Kind.TRANSIENT:
+            passing = Outcome(Status.FAILED, error=recovery.RESTING, claimed_at=claim.now)
+            self._outbox.note(job, passing)
             raise _Again
+        self._outbox.note(job, outcome)
 
     def _exchange(self, started: Job) -> bool:
         """Finish the message before and pop the next; an error waits until the send is over."""
@@ -756,13 +764,13 @@ class Consumer:
         """Write the known outcome into the ledger."""
         known = self._known
         if known is not None:
-            self._with_ledger(lambda: self._ledger.settle(known.settlement))
+            self._with_ledger(lambda: self._ledger.settle(known.written))
             self._mark_settled()
 
     def _mark_settled(self) -> None:
-        if self._known is not None:
-            self._finished.append(self._known.finished)
-            self._known = None
+        known, self._known = self._known, None
+        if known is not None and not known.is_passing:
+            self._finished.append(known.finished)
 
     def _finish(self, finished: Finished) -> None:
         self._finished.append(finished)
@@ -777,7 +785,7 @@ class Consumer:
         now is done by the next process's recovery."""
         try:
             if self._known is not None:
-                self._ledger.settle(self._known.settlement)
+                self._ledger.settle(self._known.written)
                 self._mark_settled()
             self._flush(pop=False)
             self._outbox.resync()

@@ -27,7 +27,7 @@ MAX_RESENDS = 2  # of a message that says on_unknown="resend"
 NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
 NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
 PAUSED = "WhatsApp asked this number to pause; it is sent again later"
-RESTING = "WhatsApp refused it and others before; it is sent again after a rest"
+RESTING = "WhatsApp refused it for the moment; it is sent again after a rest"
 RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED, RESTING)
 HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
 UNLINKED = "the device was unlinked before WhatsApp's answer came; nobody knows whether it was sent"
@@ -139,6 +139,11 @@ def may_rest(message_id: str, ledger: Ledger) -> bool:
     """Whether a message that was refused for the moment may wait for the breaker once more."""
     former = ledger.attempts(message_id)
     return sum(attempt.error == RESTING for attempt in former) < MAX_RELEASES
+
+
+def resting(refused: Settlement) -> Settlement:
+    """Of a message that was refused for the moment and waits at the head to be sent again."""
+    return Settlement(refused.message_id, Status.FAILED, error=RESTING, at=refused.at)
 
 
 def settlement(message_id: str, outcome: Outcome) -> Settlement:

@@ -1,6 +1,7 @@
 """Expiry, retries, resending, laying aside, breakers and pauses; only WhatsApp is pretended."""
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -105,6 +106,45 @@ def test_a_passing_refusal_is_tried_again_and_keeps_the_order(
         ]
     assert outcome(redis, "m0")["status"] == "sent"
     assert event_names(redis) == ["message.sent"] * 3
+
+
+def test_stopping_while_a_refused_message_rests_does_not_fail_it(
+    redis: Redis, url: Url, tmp_path: Path
+) -> None:
+    enqueue_many(redis, 2)
+    device = Refusing(tmp_path, {"m0": ["server returned error 503"]})
+    with Running(Parts(url, tmp_path, device=device)) as running:
+        eventually(lambda: device.tries == ["m0"])
+        running.parts.consumer.stop()
+        assert running.join() is Ending.STOPPED
+    with Running(Parts(url, tmp_path)):
+        eventually(lambda: settled(redis, "m0", "m1"))
+    assert [outcome(redis, id)["status"] for id in ("m0", "m1")] == ["sent", "sent"]
+    assert FakeDevice(tmp_path).received() == ["text of m0", "text of m1"]
+
+
+def test_a_redis_that_restarts_while_a_message_is_refused_does_not_fail_it(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    client = redis_server.client()
+    is_back = threading.Event()
+
+    class Restarting(Refusing):
+        def send(self, recipient: str, content: Mapping[str, Any], secret: bytes) -> Any:
+            if not is_back.is_set():
+                redis_server.kill()
+                redis_server.start()
+                is_back.set()
+            return super().send(recipient, content, secret)
+
+    enqueue_many(client, 2)
+    device = Restarting(tmp_path, {"m0": ["server returned error 503"]})
+    with Running(Parts(redis_server.url, tmp_path, device=device)):
+        assert is_back.wait(20)
+        eventually(lambda: settled(client, "m0", "m1"))
+    assert [outcome(client, id)["status"] for id in ("m0", "m1")] == ["sent", "sent"]
+    assert device.tries == ["m0", "m0", "m1"]
+    client.close()
 
 
 def test_a_lasting_refusal_fails_after_the_retries_and_the_next_goes_on(
