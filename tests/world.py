@@ -104,19 +104,26 @@ class World:
             timeout=timeout_s,
         )
 
-    def link(self, session: str, *, within_s: float = 60, scan: bool = True) -> str:
-        """Create and link a session as an admin would; returns its phone number."""
-        self._numbers += 1
-        phone = f"55219{self._numbers:08d}"  # not one that the sandbox gives away
+    def link(self, session: str, *, phone: str | None = None) -> str:
+        """Create and link a session as an admin would, to a new number or to this one; returns
+        its phone number."""
+        if phone is None:
+            self._numbers += 1
+            phone = f"55219{self._numbers:08d}"  # not one that the sandbox gives away
         with self.linking(session) as lines:
-            for line in lines:
-                if line["event"] == "qr" and scan:
-                    self.control.scan(line["code"], phone=phone)
-                    scan = False
-                if line["event"] == "linked":
-                    return str(line["phone"])
-                if line["event"] == "failed":
-                    raise AssertionError(f"link failed: {line}")
+            return self.scan(lines, phone)
+
+    def scan(self, lines: Iterator[dict[str, Any]], phone: str) -> str:
+        """A phone scans the first code of `linking`; returns its number once it is linked."""
+        is_scanned = False
+        for line in lines:
+            if line["event"] == "qr" and not is_scanned:
+                self.control.scan(line["code"], phone=phone)
+                is_scanned = True
+            if line["event"] == "linked":
+                return str(line["phone"])
+            if line["event"] == "failed":
+                raise AssertionError(f"link failed: {line}")
         raise AssertionError("link ended without a word")
 
     @contextlib.contextmanager

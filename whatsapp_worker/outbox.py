@@ -513,6 +513,12 @@ class Outbox:
         lane = self._lane(queue)
         return self._load_all(lane, self._redis.lrange(lane.queue, start, start + count - 1))
 
+    def in_hand(self, queue: str) -> list[bytes]:
+        """The ids that the consumer has popped and not settled: one that is being sent, and one
+        that comes next or is put back in a moment."""
+        found: list[bytes] = self._redis.lrange(self._lane(queue).limbo, 0, _PAGE - 1)
+        return found
+
     def later(self, queue: str, start: int, count: int = _PAGE) -> list[Job]:
         """The jobs that wait for their `send_at`, the earliest first."""
         lane = self._lane(queue)

@@ -47,7 +47,8 @@ def test_a_queue_is_paused_looked_at_cancelled_from_cleared_and_resumed(world: W
     assert ask(world, "queue", "sales")["state"] == "paused"
     assert world.arrived(to=CONTACT) == []
 
-    assert ask(world, "queue", "sales", "resume")["paused_at"] is None
+    resumed = ask(world, "queue", "sales", "resume")
+    assert resumed["paused_at"] is None and resumed["state"] != "paused"
     world.await_outcomes([jobs[0], jobs[3]])
     arrived = world.arrived(to=CONTACT)
     assert [message["text"] for message in arrived] == ["text 0", "text 3"]

@@ -77,6 +77,20 @@ def test_clearing_a_held_queue_keeps_it_held(redis: Redis, sessions: Sessions, a
     assert ask("clear", "--yes")["cleared"] == 0
 
 
+def test_clearing_takes_what_was_popped_and_leaves_what_is_being_sent(
+    redis: Redis, ask: Any
+) -> None:
+    out = client.Outbox(redis)
+    jobs = out.send_many("sales", [client.text(TO, "x", message_id=f"m{n}") for n in range(4)])
+    queue = "rq:queue:wa:out:sales"
+    for _ in range(2):  # as a consumer does; one of them is with WhatsApp
+        redis.lmove(queue, f"{queue}:intermediate", "LEFT", "RIGHT")
+    redis.hset(f"rq:job:{jobs[0].id}", "status", "started")
+    assert ask("clear", "--yes")["cleared"] == 3
+    assert [str(out.outcome(job).status) for job in jobs] == ["sending", *["cancelled"] * 3]
+    assert redis.lrange(f"{queue}:intermediate", 0, -1) == [jobs[0].id.encode()]
+
+
 def test_clearing_ends_a_job_that_was_enqueued_twice(redis: Redis, ask: Any) -> None:
     queue = Queue("wa:out:sales", connection=redis, serializer=JSONSerializer)
     kwargs = client.text(TO, "x", message_id="m1").kwargs("sales")

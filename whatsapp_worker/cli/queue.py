@@ -170,18 +170,26 @@ def _clear(options: Options, host: Host) -> int:
 def _cancel_all(outbox: Outbox, ledger: Ledger, sessions: Sessions) -> Iterator[list[Outcome]]:
     """What became of each batch; what is enqueued meanwhile stays."""
     key = sessions.install_key()
+
+    def end(jobs: list[Job]) -> list[Outcome]:
+        return cancelling.end(
+            jobs, Status.CANCELLED, CLEARED, outbox=outbox, ledger=ledger, install_key=key
+        )
+
     pages: dict[str, Callable[[str, int, int], list[Job]]]
     pages = {"queued": outbox.page, "later": outbox.later}
     for queue, counts in outbox.counts().items():
+        # A consumer that may not send what it popped puts it back, before those that are counted.
+        in_hand = outbox.in_hand(queue)
         for place, page in pages.items():
             left, stayed = counts[place], 0
             while left > 0 and (jobs := page(queue, stayed, min(left, _PAGE))):
-                outcomes = cancelling.end(
-                    jobs, Status.CANCELLED, CLEARED, outbox=outbox, ledger=ledger, install_key=key
-                )
-                left -= len(jobs)
+                outcomes = end(jobs)
+                left -= sum(job.raw_id not in in_hand for job in jobs)
                 stayed += len(jobs) - len(outcomes)
                 yield outcomes
+        if jobs := [job for job in outbox.load(queue, in_hand) if job.status == "queued"]:
+            yield end(jobs)
 
 
 def _make_sure(options: Options) -> None:

@@ -95,7 +95,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "data_dir": str(host.settings.data_dir.absolute()),
         "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
-            _paused(host, name, _row(host, name, alive, depths.get(name), breakers.get(name, {})))
+            _decided(host, name, _row(host, name, alive, depths.get(name), breakers.get(name, {})))
             | ({"history": _history(host, name)} if session else {})
             for name in names
         ],
@@ -170,12 +170,18 @@ def _row(
     }
 
 
-def _paused(host: Host, name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with an operator's pause, which nobody tells while no device process runs."""
+def _decided(host: Host, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what operators decided, which the record tells seconds later, or not at all
+    while no device process runs."""
+    queue, paused = row["queue"], PAUSED.format(name)
     with contextlib.suppress(StorageError):
-        is_paused = host.sessions.hold(name).read().paused_at is not None
-        if is_paused and row["queue"]["state"] not in ("breaker", "database"):
-            row["queue"] |= {"state": "paused", "reason": PAUSED.format(name), "until": None}
+        standing = host.sessions.hold(name).read()
+        was_held = queue["state"] == "held" and standing.held_before is None
+        if was_held or (queue["reason"] == paused and standing.paused_at is None):
+            state = "running" if queue["depth"] else "idle"
+            queue |= {"state": state, "reason": None, "until": None}
+        if standing.paused_at is not None and queue["state"] not in ("breaker", "database"):
+            queue |= {"state": "paused", "reason": paused, "until": None}
     return row
 
 
