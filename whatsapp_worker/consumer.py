@@ -155,7 +155,7 @@ class Consumer:
         outbox: Outbox,
         install_key: bytes,
         settings: Settings,
-        on_sent: Callable[[str, str, str | None], None] | None = None,
+        on_sent: Callable[[SendAck, Claim], None] | None = None,
         prepare: Prepare | None = None,
         probe: Callable[[], object] | None = None,
         breaker_file: Path | None = None,
@@ -176,8 +176,8 @@ class Consumer:
             outbox: The session's queues.
             install_key: `Sessions.install_key()`.
             settings: SEND_TIMEOUT_S, SEND_RETRIES ...
-            on_sent: Called with (WhatsApp's id, message id, metadata as the ledger keeps it) of
-                every acknowledged message, on the loop's thread: `FactWriter.sent`.
+            on_sent: Called with every acknowledged message that has a WhatsApp id, on the loop's
+                thread: for `FactWriter.sent`.
             prepare: `Device.prepare`, for messages that need it; on a thread of its own.
             probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
             breaker_file: Where the message breaker's count outlives this process.
@@ -703,7 +703,7 @@ class Consumer:
         if self._pacer is not None:
             self._know(claim.recipient_hash)
         if self._on_sent is not None and ack.wa_message_id:
-            self._on_sent(ack.wa_message_id, claim.message_id, claim.metadata)
+            self._on_sent(ack, claim)
         return Outcome(
             Status.SENT,
             wa_message_id=ack.wa_message_id or None,

@@ -449,7 +449,8 @@ def redacted(text: str) -> str:
 
 
 def _wa_id(jid: str) -> str:
-    return jid if jid.endswith("@g.us") else jid.partition("@")[0]
+    """A number's digits; of a group or a hidden id all of it, since its digits are no number."""
+    return jid.removesuffix("@s.whatsapp.net")
 
 
 def _jid_text(jid: Any) -> str:

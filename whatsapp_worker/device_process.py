@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from redis import Redis, RedisError
 
 from storage.errors import LedgerUnavailable, LockHeld, StorageError
-from storage.ledger import Ledger
+from storage.ledger import Claim, Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import (
     child,
@@ -38,7 +38,7 @@ from whatsapp_worker.breakers import Breaker
 from whatsapp_worker.child import Departure, Leash
 from whatsapp_worker.consumer import Consumer
 from whatsapp_worker.consumer import Ending as Consumed
-from whatsapp_worker.device import Device, SendFailed, redacted
+from whatsapp_worker.device import Device, SendAck, SendFailed, redacted
 from whatsapp_worker.device_store import DeviceStoreBroken
 from whatsapp_worker.endings import Ending, EndingKind, of_fact, refused
 from whatsapp_worker.errors import RedisUnavailable, SandboxUnsafe
@@ -380,10 +380,10 @@ class DeviceProcess:
         self._news.set()
         self._beat_soon()
 
-    def _on_sent(self, wa_message_id: str, message_id: str, metadata: str | None) -> None:
+    def _on_sent(self, ack: SendAck, claim: Claim) -> None:
         self._liveness.alive()
         if self._writer is not None:
-            self._writer.sent(wa_message_id, message_id, metadata)
+            self._writer.sent(ack.wa_message_id, claim.message_id, claim.metadata, wa_id=ack.wa_id)
 
     # The leash's ticks, and the probe
 

@@ -37,6 +37,7 @@ class _Message(NamedTuple):
 
     id: str | None
     metadata: str | None = None  # JSON
+    wa_id: str | None = None  # of its recipient
 
 
 class _Item(NamedTuple):
@@ -91,14 +92,22 @@ class FactWriter:
                 extra = {"session": self._session, "dropped": self._dropped}
                 log.error("facts.dropped", extra=extra)
 
-    def sent(self, wa_message_id: str, message_id: str, metadata: str | None = None) -> None:
+    def sent(
+        self,
+        wa_message_id: str,
+        message_id: str,
+        metadata: str | None = None,
+        *,
+        wa_id: str | None = None,
+    ) -> None:
         """Remember which message of the CRM a WhatsApp id belongs to; from any thread.
 
         Args:
             metadata: As the ledger keeps it; its receipts repeat it.
+            wa_id: Its recipient, as WhatsApp resolved it.
         """
         with self._lock:
-            self._known[wa_message_id] = _Message(message_id, metadata)
+            self._known[wa_message_id] = _Message(message_id, metadata, wa_id)
             self._known_text += len(metadata or "")
             while len(self._known) > _REMEMBERED or self._known_text > _REMEMBERED_TEXT:
                 _, forgotten = self._known.popitem(last=False)
@@ -173,7 +182,7 @@ class FactWriter:
         payload: dict[str, Any] = {
             "message_id": message.id,
             "wa_message_id": item.wa_message_id,
-            "wa_id": fact.phone or _digits(fact.sender),
+            "wa_id": _who(fact, message.wa_id),
             "chat": fact.chat,
             "at": fact.at,
         }
@@ -185,7 +194,7 @@ class FactWriter:
     def _inbound(self, fact: Inbound) -> Mapping[str, str | int]:
         payload: dict[str, Any] = {
             "wa_message_id": fact.wa_message_id,
-            "from": fact.phone or _digits(fact.sender),
+            "from": _who(fact),
             "chat": fact.chat,
             "sender": fact.sender,
             "push_name": fact.push_name,
@@ -205,8 +214,17 @@ class FactWriter:
         if self._ledger is not None:
             with contextlib.suppress(StorageError):  # then the ledger gets it when it can
                 row = self._ledger.find_by_wa_id(wa_message_id)
-        return _Message(None) if row is None else _Message(row.message_id, row.metadata)
+        if row is None:
+            return _Message(None)
+        return _Message(row.message_id, row.metadata, row.wa_id)
 
 
-def _digits(jid: str) -> str:
-    return jid.partition("@")[0].partition(":")[0]
+def _who(fact: Receipt | Inbound, recipient: str | None = None) -> str:
+    """Whom a fact is from: the digits of the number, else the JID of the hidden id, whose digits
+    alone would be taken for a number; both can be written to."""
+    if fact.phone:
+        return fact.phone
+    if recipient is not None and not recipient.endswith("@g.us"):
+        return recipient
+    user, _, server = fact.sender.partition("@")
+    return f"{user.partition(':')[0]}@{server}"

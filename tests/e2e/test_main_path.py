@@ -1,6 +1,7 @@
 """The main job from end to end: link, enqueue as a CRM does, deliver, learn what became of it."""
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -30,9 +31,12 @@ def test_a_message_is_sent_delivered_and_read(world: World):
     assert arrived["type"] == "text" and arrived["times"] == 1 and not arrived["bot"]
     assert set(arrived["message"]) == {"conversation", "messageContextInfo"}
     eventually(lambda: world.status_of("sales", "crm-1") == "read")
-    names = [fields[b"event"].decode() for _, fields in world.redis.xrange("wa:events")]
+    told = {
+        fields[b"event"].decode(): json.loads(fields[b"payload"])
+        for _, fields in world.redis.xrange("wa:events")
+    }
     for name in ("message.sent", "message.delivered", "message.read"):
-        assert name in names
+        assert (told[name]["message_id"], told[name]["wa_id"]) == ("crm-1", CONTACT)
     assert "Olá" not in world.logs() and CONTACT not in world.logs()
     assert b"Jo" not in zlib.decompress(world.redis.hget(f"rq:job:{job.id}", "data") or _EMPTY)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from redis import Redis
 from sending import (
     SESSION,
@@ -98,6 +99,28 @@ def test_a_receipt_names_the_message_of_the_crm(
     assert entry["event"] == "message.delivered"
     assert entry["payload"]["message_id"] == "m1"
     assert entry["payload"]["wa_message_id"] == "WA1"
+
+
+@pytest.mark.parametrize(
+    ("phone", "wa_id", "told"),
+    [
+        ("5511999990001", "5511999990009", "5511999990001"),
+        ("", "5511999990009", "5511999990009"),
+        ("", "120363000000000001@g.us", "182736451928@lid"),
+        ("", None, "182736451928@lid"),
+    ],
+)
+def test_a_hidden_id_is_never_told_as_a_number(
+    redis: Redis, shared_redis_server: RedisServer, phone: str, wa_id: str | None, told: str
+) -> None:
+    with writing(shared_redis_server.url) as writer:
+        writer.sent("WA1", "m1", wa_id=wa_id)
+        sender = "182736451928:3@lid"
+        writer.offer(Receipt(ReceiptKind.READ, ("WA1",), sender, sender, phone, 1.0))
+        writer.offer(Inbound("WA2", sender, sender, phone, "Ana", "text", "Hi", 2.0))
+        read, received = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+    assert read["payload"]["wa_id"] == told
+    assert received["payload"]["from"] == (phone or "182736451928@lid")
 
 
 def test_a_receipt_that_overtakes_its_send_still_names_the_message(

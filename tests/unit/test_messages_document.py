@@ -1,4 +1,4 @@
-"""docs/messages.md shows what is so."""
+"""docs/messages.md and docs/crm.md show what is so."""
 
 import json
 import re
@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from whatsapp_worker.content import TYPES
+from whatsapp_worker.event_names import Event
 from whatsapp_worker.media_types import LIMITS_MIB
 from whatsapp_worker.message import validate
 
-TEXT = (Path(__file__).parents[2] / "docs" / "messages.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "messages.md").read_text()
 EXAMPLES = [json.loads(block) for block in re.findall(r"```json\n(.*?)\n```\n", TEXT, re.DOTALL)]
 
 
@@ -27,3 +29,9 @@ def test_every_type_has_an_example() -> None:
 def test_the_limits_of_files_are_those_of_the_program() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) MiB \|$", TEXT, re.MULTILINE)
     assert {kind: int(limit) for kind, limit in rows} == LIMITS_MIB
+
+
+@pytest.mark.parametrize("event", Event)
+def test_every_event_is_explained_to_crms(event: Event) -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "crm.md").read_text(), re.MULTILINE)
+    assert sum(f"`{event}`" in row for row in rows) == 1
