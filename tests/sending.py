@@ -84,6 +84,24 @@ def outcome(redis: "Redis", message_id: str) -> dict[str, Any]:
     return found
 
 
+def settled(redis: "Redis", *message_ids: str) -> bool:
+    """Whether the jobs of all of them have ended."""
+    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in message_ids)
+
+
+def events(redis: "Redis") -> list[dict[str, Any]]:
+    """What the stream tells, oldest first; `payload` is read."""
+    found = []
+    for _, fields in redis.xrange("wa:events"):
+        entry = {name.decode(): value.decode() for name, value in fields.items()}
+        found.append(entry | {"payload": json.loads(entry["payload"])})
+    return found
+
+
+def event_names(redis: "Redis") -> list[str]:
+    return [event["event"] for event in events(redis)]
+
+
 def limbo(redis: "Redis", queue: str = QUEUE) -> int:
     """Entries of the lists in which a job must not stay."""
     return int(redis.llen(f"rq:queue:{queue}:intermediate")) + int(redis.zcard(f"rq:wip:{queue}"))

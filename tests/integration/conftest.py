@@ -1,4 +1,4 @@
-"""Databases for the ledger's tests."""
+"""Databases for the ledger's tests, and the address of an empty Redis."""
 
 import os
 import uuid
@@ -7,6 +7,14 @@ from pathlib import Path
 
 import postgres
 import pytest
+from redis import Redis
+from support import RedisServer
+
+
+@pytest.fixture
+def url(shared_redis_server: RedisServer, redis: Redis) -> str:
+    """Of the Redis that `redis` has emptied."""
+    return shared_redis_server.url
 
 
 @pytest.fixture(scope="session")

@@ -18,40 +18,23 @@ from sending import (
     Running,
     enqueue,
     enqueue_many,
+    events,
     fetch,
     limbo,
     outcome,
     queue_of,
+    settled,
 )
-from support import RedisServer, eventually
+from support import eventually
 
 from whatsapp_worker import outbox
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendAck, SendFailed
 from whatsapp_worker.stream import EventStream
 
-Url = str
-
-
-@pytest.fixture
-def url(shared_redis_server: RedisServer, redis: Redis) -> Url:
-    return shared_redis_server.url
-
-
-def settled(redis: Redis, *ids: str) -> bool:
-    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in ids)
-
-
-def events(redis: Redis) -> list[dict[str, Any]]:
-    found = []
-    for _, fields in redis.xrange("wa:events"):
-        entry = {name.decode(): value.decode() for name, value in fields.items()}
-        found.append(entry | {"payload": json.loads(entry["payload"])})
-    return found
-
 
 def test_a_message_is_sent_and_a_crm_reads_it_with_plain_rq(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m1")
     with Running(Parts(url, tmp_path)) as running:
@@ -75,7 +58,7 @@ def test_a_message_is_sent_and_a_crm_reads_it_with_plain_rq(
 
 
 def test_nothing_of_the_text_stays_in_redis_once_it_is_settled(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     secret = "the-launch-code-is-0000"
     message = {"type": "text", "text": {"body": secret}}
@@ -100,7 +83,7 @@ def test_nothing_of_the_text_stays_in_redis_once_it_is_settled(
 
 
 def test_messages_leave_in_the_order_in_which_they_were_enqueued(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     ids = enqueue_many(redis, 50)
     with Running(Parts(url, tmp_path, device=FakeDevice(tmp_path, takes_s=0))) as running:
@@ -110,7 +93,7 @@ def test_messages_leave_in_the_order_in_which_they_were_enqueued(
 
 
 def test_a_message_on_the_high_lane_overtakes_those_that_wait(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     ids = enqueue_many(redis, 20)
     enqueue(redis, "urgent", queue=f"{QUEUE}:high")
@@ -122,7 +105,7 @@ def test_a_message_on_the_high_lane_overtakes_those_that_wait(
 
 
 def test_a_message_on_the_high_lane_is_taken_at_once_by_an_idle_consumer(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     with Running(Parts(url, tmp_path)):
         for number in range(3):
@@ -133,7 +116,7 @@ def test_a_message_on_the_high_lane_is_taken_at_once_by_an_idle_consumer(
 
 
 def test_the_same_message_id_twice_is_sent_once_and_both_jobs_get_its_outcome(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m1")
     enqueue(redis, "m1", job_id="again")
@@ -147,7 +130,7 @@ def test_the_same_message_id_twice_is_sent_once_and_both_jobs_get_its_outcome(
     assert again.meta["outcome"] == outcome(redis, "m1")
 
 
-def test_the_same_job_id_twice_is_sent_once(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_the_same_job_id_twice_is_sent_once(redis: Redis, url: str, tmp_path: Path) -> None:
     enqueue(redis, "m1")
     enqueue(redis, "m1")
     enqueue(redis, "last")
@@ -159,7 +142,7 @@ def test_the_same_job_id_twice_is_sent_once(redis: Redis, url: Url, tmp_path: Pa
 
 
 def test_the_same_message_id_with_other_content_is_refused(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m1")
     enqueue(redis, "m1", job_id="other", to="+5511999990002")
@@ -172,7 +155,7 @@ def test_the_same_message_id_with_other_content_is_refused(
     assert outcome(redis, "m1")["status"] == "sent"
 
 
-def test_a_failed_message_may_be_enqueued_again(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_a_failed_message_may_be_enqueued_again(redis: Redis, url: str, tmp_path: Path) -> None:
     device = FakeDevice(tmp_path)
     parts = Parts(url, tmp_path, device=device)
     refusals = ["no LID found for X from server"]
@@ -213,7 +196,7 @@ def packed(payload: Any) -> bytes:
 
 
 def test_poison_fails_alone_with_a_clear_error_and_nothing_runs(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     bomb = tmp_path / "exploded"
     pickled = pickle.dumps(Bomb(bomb))
@@ -270,7 +253,7 @@ def test_poison_fails_alone_with_a_clear_error_and_nothing_runs(
     assert limbo(redis) == 0
 
 
-def test_rq_info_shows_the_queue_and_harms_nothing(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_rq_info_shows_the_queue_and_harms_nothing(redis: Redis, url: str, tmp_path: Path) -> None:
     from click.testing import CliRunner
     from rq.cli import main
 
@@ -286,7 +269,7 @@ def test_rq_info_shows_the_queue_and_harms_nothing(redis: Redis, url: Url, tmp_p
 
 
 def test_a_settled_job_that_is_requeued_is_not_sent_again(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m1")
     with Running(Parts(url, tmp_path)) as running:
@@ -302,7 +285,7 @@ def test_a_settled_job_that_is_requeued_is_not_sent_again(
 
 
 def test_a_job_cancelled_with_rq_while_it_waits_is_not_sent(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m1").cancel()
     enqueue(redis, "last")
@@ -312,7 +295,7 @@ def test_a_job_cancelled_with_rq_while_it_waits_is_not_sent(
 
 
 def test_a_send_without_an_answer_is_given_up_and_ends_the_process(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = FakeDevice(tmp_path, takes_s=30)
     enqueue_many(redis, 2)
@@ -328,7 +311,7 @@ def test_a_send_without_an_answer_is_given_up_and_ends_the_process(
 
 
 def test_a_hang_before_the_hand_over_is_repaired_by_sending_again(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = FakeDevice(tmp_path)
     device.at = lambda step: time.sleep(30) if step == "before" else None
@@ -348,7 +331,7 @@ def test_a_hang_before_the_hand_over_is_repaired_by_sending_again(
     ],
 )
 def test_a_lost_connection_puts_the_message_back_and_ends_the_process(
-    redis: Redis, url: Url, tmp_path: Path, error: str, ending: Ending
+    redis: Redis, url: str, tmp_path: Path, error: str, ending: Ending
 ) -> None:
     def fail(step: str) -> None:
         raise SendFailed(error)
@@ -366,7 +349,7 @@ def test_a_lost_connection_puts_the_message_back_and_ends_the_process(
 
 
 def test_stopping_waits_for_the_send_in_hand_and_leaves_the_rest_queued(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = FakeDevice(tmp_path, takes_s=0.5)
     enqueue_many(redis, 3)
@@ -381,7 +364,7 @@ def test_stopping_waits_for_the_send_in_hand_and_leaves_the_rest_queued(
 
 
 def test_stopping_gives_up_a_send_that_outlasts_the_drain(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = FakeDevice(tmp_path, takes_s=30)
     enqueue(redis, "m0")
@@ -391,7 +374,7 @@ def test_stopping_gives_up_a_send_that_outlasts_the_drain(
         assert running.join(2) is Ending.NOT_DRAINED
 
 
-def test_an_idle_consumer_stops_at_once(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_an_idle_consumer_stops_at_once(redis: Redis, url: str, tmp_path: Path) -> None:
     with Running(Parts(url, tmp_path)) as running:
         eventually(lambda: running.parts.consumer.queue_state()["state"] == "idle")
         asked_at = time.monotonic()
@@ -401,7 +384,7 @@ def test_an_idle_consumer_stops_at_once(redis: Redis, url: Url, tmp_path: Path) 
 
 
 def test_jobs_left_by_a_stock_worker_are_recovered_in_order(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     ids = enqueue_many(redis, 4)
     for score, id in ((1.0, "m0"), (2.0, "m1")):
@@ -417,7 +400,7 @@ def test_jobs_left_by_a_stock_worker_are_recovered_in_order(
 
 
 def test_a_pop_whose_answer_was_lost_is_put_back_before_later_jobs_run(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = FakeDevice(tmp_path, takes_s=0.05)
     enqueue_many(redis, 6)
@@ -432,7 +415,7 @@ def test_a_pop_whose_answer_was_lost_is_put_back_before_later_jobs_run(
 
 
 def test_a_stranger_in_the_results_or_registry_keys_does_not_block_the_queue(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue_many(redis, 2)
     redis.set("rq:results:job-m0", "not a stream")
@@ -482,7 +465,7 @@ def test_the_keeper_does_not_call_failed_what_was_sent(redis: Redis) -> None:
 
 
 def test_a_send_that_breaks_is_looked_up_by_the_next_process(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     def explode(*call: Any) -> SendAck:
         raise RuntimeError("something nobody expected")
@@ -498,7 +481,7 @@ def test_a_send_that_breaks_is_looked_up_by_the_next_process(
 
 
 def test_a_message_that_always_ends_its_process_fails_in_the_end(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue_many(redis, 2)
     for _ in range(40):

@@ -1,13 +1,11 @@
 """Receipts: from the client's thread onto the stream, and from there into the ledger."""
 
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis import Redis
@@ -17,6 +15,7 @@ from sending import (
     Parts,
     Running,
     enqueue,
+    events,
     fetch,
     kill,
     outcome,
@@ -35,14 +34,6 @@ from whatsapp_worker.facts import Inbound, Receipt, ReceiptKind
 from whatsapp_worker.receipts import MAX_WAITING, FactWriter
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
-
-
-def entries(redis: Redis) -> list[dict[str, Any]]:
-    found = []
-    for _, fields in redis.xrange("wa:events"):
-        entry = {name.decode(): value.decode() for name, value in fields.items()}
-        found.append(entry | {"payload": json.loads(entry["payload"])})
-    return found
 
 
 def receipt(*ids: str, kind: ReceiptKind = ReceiptKind.DELIVERED) -> Receipt:
@@ -95,7 +86,7 @@ def test_a_receipt_names_the_message_of_the_crm(
     with writing(shared_redis_server.url) as writer:
         writer.sent("WA1", "m1")
         writer.offer(receipt("WA1"))
-        [entry] = eventually(lambda: entries(redis))
+        [entry] = eventually(lambda: events(redis))
     assert entry["event"] == "message.delivered"
     assert entry["payload"]["message_id"] == "m1"
     assert entry["payload"]["wa_message_id"] == "WA1"
@@ -118,7 +109,7 @@ def test_a_hidden_id_is_never_told_as_a_number(
         sender = "182736451928:3@lid"
         writer.offer(Receipt(ReceiptKind.READ, ("WA1",), sender, sender, phone, 1.0))
         writer.offer(Inbound("WA2", sender, sender, phone, "Ana", "text", "Hi", 2.0))
-        read, received = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+        read, received = eventually(lambda: len(events(redis)) == 2 and events(redis))
     assert read["payload"]["wa_id"] == told
     assert received["payload"]["from"] == (phone or "182736451928@lid")
 
@@ -131,7 +122,7 @@ def test_a_receipt_that_overtakes_its_send_still_names_the_message(
         writer.offer(receipt("WA1", kind=ReceiptKind.READ))
         time.sleep(0.1)
         writer.sent("WA1", "m1")
-        found = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+        found = eventually(lambda: len(events(redis)) == 2 and events(redis))
     assert [entry["event"] for entry in found] == ["message.delivered", "message.read"]
     assert {entry["payload"]["message_id"] for entry in found} == {"m1"}
 
@@ -144,7 +135,7 @@ def test_a_receipt_for_an_earlier_process_is_looked_up_in_the_ledger(
     ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
     with writing(shared_redis_server.url, ledger=ledger) as writer:
         writer.offer(receipt("WA1"))
-        [entry] = eventually(lambda: entries(redis))
+        [entry] = eventually(lambda: events(redis))
     assert entry["payload"]["message_id"] == "m1"
 
 
@@ -153,7 +144,7 @@ def test_a_receipt_for_nobodys_message_is_told_without_one(
 ) -> None:
     with writing(shared_redis_server.url) as writer:
         writer.offer(receipt("WA-of-the-phone"))
-        [entry] = eventually(lambda: entries(redis))
+        [entry] = eventually(lambda: events(redis))
     assert entry["payload"]["message_id"] is None
 
 
@@ -164,7 +155,7 @@ def test_an_inbound_text_reaches_the_stream_under_a_stable_id(
     with writing(shared_redis_server.url) as writer:
         writer.offer(fact)
         writer.offer(fact)
-        first, second = eventually(lambda: len(entries(redis)) == 2 and entries(redis))
+        first, second = eventually(lambda: len(events(redis)) == 2 and events(redis))
     assert first["event"] == "message.received"
     assert first["payload"]["text"] == "Oi"
     assert first["payload"]["from"] == "5511999990001"
@@ -250,7 +241,7 @@ def test_a_receipt_settles_an_unknown_message_in_ledger_job_and_events(
         told = outcome(redis, "m1")
         assert (told["status"], told["error"]) == ("delivered", None)
         assert redis.zscore("rq:failed:wa:out:s1", "job-m1") is None
-        eventually(lambda: [e["event"] for e in entries(redis)].count("message.sent") == 1)
+        eventually(lambda: [e["event"] for e in events(redis)].count("message.sent") == 1)
 
 
 def test_a_killed_events_process_loses_no_receipt(

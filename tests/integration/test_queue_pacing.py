@@ -5,19 +5,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from redis import Redis
-from sending import QUEUE, FakeDevice, Parts, Running, enqueue, enqueue_many, fetch, limbo
-from support import RedisServer, eventually
+from sending import (
+    QUEUE,
+    FakeDevice,
+    Parts,
+    Running,
+    enqueue,
+    enqueue_many,
+    fetch,
+    limbo,
+    settled,
+)
+from support import eventually
 
 from storage.hold import Hold
 
 FAST = {"pace_per_minute": 300.0, "pace_jitter": 0.0, "pace_new_contact_factor": 1.0}
-
-
-@pytest.fixture
-def url(shared_redis_server: RedisServer, redis: Redis) -> str:
-    return shared_redis_server.url
 
 
 class Clocked(FakeDevice):
@@ -38,10 +42,6 @@ class Clocked(FakeDevice):
 
     def gaps(self) -> list[float]:
         return [b - a for a, b in zip(self.sent_at, self.sent_at[1:], strict=False)]
-
-
-def settled(redis: Redis, *ids: str) -> bool:
-    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in ids)
 
 
 def state_of(parts: Parts, word: str) -> dict[str, Any] | None:

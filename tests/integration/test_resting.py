@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from redis import Redis
-from sending import QUEUE, FakeDevice, Parts, Running, enqueue_many, fetch, outcome
-from support import RedisServer, eventually
+from sending import (
+    QUEUE,
+    FakeDevice,
+    Parts,
+    Running,
+    enqueue_many,
+    fetch,
+    outcome,
+    settled,
+)
+from support import eventually
 
 from whatsapp_worker import recovery
 from whatsapp_worker.device import SendFailed
@@ -28,15 +36,6 @@ class Overloaded(FakeDevice):
         return super().send(recipient, content, secret)
 
 
-@pytest.fixture
-def url(shared_redis_server: RedisServer, redis: Redis) -> str:
-    return shared_redis_server.url
-
-
-def ended(redis: Redis, *ids: str) -> bool:
-    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in ids)
-
-
 def test_while_the_breaker_is_open_nothing_is_tried_again_or_failed(
     redis: Redis, url: str, tmp_path: Path
 ) -> None:
@@ -49,7 +48,7 @@ def test_while_the_breaker_is_open_nothing_is_tried_again_or_failed(
         eventually(lambda: redis.lrange(f"rq:queue:{QUEUE}", 0, 0) == [b"job-m0"])
         assert device.tries == ["m0", "m0"]
         assert fetch(redis, "m0").get_status() == "queued"
-        eventually(lambda: ended(redis, "m0", "m1", "m2"))
+        eventually(lambda: settled(redis, "m0", "m1", "m2"))
     assert device.tries == ["m0", "m0", "m0", "m0", "m1", "m2"]
     assert {outcome(redis, id)["status"] for id in ("m0", "m1", "m2")} == {"sent"}
 
@@ -61,8 +60,8 @@ def test_a_message_that_is_always_refused_does_not_hold_up_its_queue_for_ever(
     enqueue_many(redis, 2)
     limits: dict[str, Any] = {"msg_failure_threshold": 1, "msg_reset_s": 0.3, "send_retries": 1}
     with Running(Parts(url, tmp_path, device=device, **limits)):
-        eventually(lambda: ended(redis, "m0"), within_s=60)
-        eventually(lambda: ended(redis, "m1"))
+        eventually(lambda: settled(redis, "m0"), within_s=60)
+        eventually(lambda: settled(redis, "m1"))
     assert outcome(redis, "m0")["status"] == "failed"
     assert outcome(redis, "m1")["status"] == "sent"
     assert device.tries == ["m0"] * (recovery.MAX_RELEASES + 1) + ["m1"]

@@ -18,10 +18,12 @@ from sending import (
     Running,
     enqueue,
     enqueue_many,
+    event_names,
     fetch,
     limbo,
     outcome,
     queue_of,
+    settled,
 )
 from support import RedisServer, eventually
 
@@ -33,21 +35,6 @@ from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendFailed
 from whatsapp_worker.errors import MediaFailed
 from whatsapp_worker.event_names import Event
-
-Url = str
-
-
-@pytest.fixture
-def url(shared_redis_server: RedisServer, redis: Redis) -> Url:
-    return shared_redis_server.url
-
-
-def settled(redis: Redis, *ids: str) -> bool:
-    return all(fetch(redis, id).get_status() in ("finished", "failed") for id in ids)
-
-
-def event_names(redis: Redis) -> list[str]:
-    return [fields[b"event"].decode() for _, fields in redis.xrange("wa:events")]
 
 
 class Refusing(FakeDevice):
@@ -67,7 +54,7 @@ class Refusing(FakeDevice):
 
 
 def test_an_expired_message_is_not_sent_and_everybody_is_told(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "late", expires_at=time.time() - 1)
     enqueue(redis, "short", ttl_s=0.05)
@@ -84,7 +71,7 @@ def test_an_expired_message_is_not_sent_and_everybody_is_told(
     assert sorted(event_names(redis)) == ["message.expired", "message.expired", "message.sent"]
 
 
-def test_an_expired_message_may_be_enqueued_again(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_an_expired_message_may_be_enqueued_again(redis: Redis, url: str, tmp_path: Path) -> None:
     enqueue(redis, "m1", expires_at=time.time() - 1)
     with Running(Parts(url, tmp_path)) as running:
         eventually(lambda: settled(redis, "m1"))
@@ -93,7 +80,7 @@ def test_an_expired_message_may_be_enqueued_again(redis: Redis, url: Url, tmp_pa
 
 
 def test_a_passing_refusal_is_tried_again_and_keeps_the_order(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = Refusing(tmp_path, {"m0": ["server returned error 503"] * 2})
     enqueue_many(redis, 3)
@@ -109,7 +96,7 @@ def test_a_passing_refusal_is_tried_again_and_keeps_the_order(
 
 
 def test_stopping_while_a_refused_message_rests_does_not_fail_it(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue_many(redis, 2)
     device = Refusing(tmp_path, {"m0": ["server returned error 503"]})
@@ -148,7 +135,7 @@ def test_a_redis_that_restarts_while_a_message_is_refused_does_not_fail_it(
 
 
 def test_a_lasting_refusal_fails_after_the_retries_and_the_next_goes_on(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = Refusing(tmp_path, {"m0": ["server returned error 500"] * 9})
     enqueue_many(redis, 2)
@@ -160,7 +147,7 @@ def test_a_lasting_refusal_fails_after_the_retries_and_the_next_goes_on(
 
 
 def test_a_refusal_of_one_recipient_is_not_tried_again(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = Refusing(tmp_path, {"m0": ["server returned error 400"]})
     enqueue_many(redis, 2)
@@ -170,7 +157,7 @@ def test_a_refusal_of_one_recipient_is_not_tried_again(
 
 
 def test_an_unknown_message_is_sent_again_at_most_twice_where_the_crm_wants_it(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue(redis, "m0", on_unknown="resend")
     enqueue(redis, "m1")
@@ -187,7 +174,7 @@ def test_an_unknown_message_is_sent_again_at_most_twice_where_the_crm_wants_it(
 
 
 def test_a_message_for_later_waits_survives_a_restart_and_goes_on_time(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     due_at = time.time() + 1.5
     enqueue(redis, "later", send_at=due_at)
@@ -203,7 +190,7 @@ def test_a_message_for_later_waits_survives_a_restart_and_goes_on_time(
 
 
 def test_jobs_that_rq_itself_scheduled_are_sent_when_they_are_due(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     arguments = {
         "session": "s1",
@@ -222,7 +209,7 @@ def test_jobs_that_rq_itself_scheduled_are_sent_when_they_are_due(
 
 
 def test_five_lost_connections_open_the_breaker_across_processes_and_nothing_is_lost(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     told: list[tuple[Event, Mapping[str, Any]]] = []
     options: dict[str, Any] = {
@@ -252,7 +239,7 @@ def test_five_lost_connections_open_the_breaker_across_processes_and_nothing_is_
 
 
 def test_a_half_open_breaker_asks_first_and_risks_no_message_without_an_answer(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     answers: list[Exception | None] = [TimeoutError("deaf"), None]
     probes = 0
@@ -282,7 +269,7 @@ def test_a_half_open_breaker_asks_first_and_risks_no_message_without_an_answer(
     assert device.tries == ["m0", "m1"]
 
 
-def test_stopping_works_while_the_breaker_is_open(redis: Redis, url: Url, tmp_path: Path) -> None:
+def test_stopping_works_while_the_breaker_is_open(redis: Redis, url: str, tmp_path: Path) -> None:
     path = tmp_path / "breaker.json"
     opened = {"version": 1, "failures": 5, "opened_at": time.time(), "last": []}
     path.write_text(json.dumps(opened))
@@ -296,7 +283,7 @@ def test_stopping_works_while_the_breaker_is_open(redis: Redis, url: Url, tmp_pa
 
 
 def test_whatsapp_asking_for_a_pause_rests_the_queue_and_fails_nothing(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     device = Refusing(tmp_path, {"m0": ["server returned error 463"]})
     enqueue_many(redis, 2)
@@ -310,7 +297,7 @@ def test_whatsapp_asking_for_a_pause_rests_the_queue_and_fails_nothing(
 
 
 def test_what_was_enqueued_for_another_number_is_held_until_an_operator_decides(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     hold = Hold(tmp_path)
     enqueue_many(redis, 2)
@@ -331,7 +318,7 @@ def test_what_was_enqueued_for_another_number_is_held_until_an_operator_decides(
 
 
 def test_what_is_enqueued_after_the_number_changed_is_sent(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     hold = Hold(tmp_path)
     hold.put(time.time())
@@ -352,7 +339,7 @@ def _paused(parts: Parts) -> dict[str, Any] | None:
 
 
 def test_a_database_that_is_away_opens_its_breaker_once_and_sending_goes_on_afterwards(
-    redis: Redis, url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Event] = []
     options: dict[str, Any] = {"on_breaker": lambda event, facts: told.append(event)}
@@ -377,7 +364,7 @@ def test_a_database_that_is_away_opens_its_breaker_once_and_sending_goes_on_afte
 
 
 def test_a_file_that_cannot_be_had_fails_that_message_alone(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     def prepare(content: Mapping[str, Any]) -> Mapping[str, Any]:
         raise MediaFailed("it is not there")
@@ -396,7 +383,7 @@ def test_a_file_that_cannot_be_had_fails_that_message_alone(
 
 
 def test_a_queue_that_is_no_list_harms_nothing_and_is_used_once_it_is_one(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     redis.set(f"rq:queue:{QUEUE}", "not a list")
     with Running(Parts(url, tmp_path)) as running:
@@ -410,7 +397,7 @@ def test_a_queue_that_is_no_list_harms_nothing_and_is_used_once_it_is_one(
 
 
 def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     enqueue_many(redis, 5)
     enqueue(redis, "later", send_at=time.time() + 1000)
@@ -438,7 +425,7 @@ def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
 
 
 def test_a_job_that_rq_cancels_while_it_is_laid_aside_is_not_revived(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     job = enqueue(redis, "m0", send_at=time.time() + 0.2)
     parts = Parts(url, tmp_path)
@@ -454,7 +441,7 @@ def test_a_job_that_rq_cancels_while_it_is_laid_aside_is_not_revived(
 
 
 def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
-    redis: Redis, url: Url, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path
 ) -> None:
     ids = enqueue_many(redis, 60)
     other = Parts(url, tmp_path)
