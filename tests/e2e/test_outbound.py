@@ -89,6 +89,8 @@ def test_a_message_goes_to_the_number_that_whatsapp_knows_and_wa_id_tells_it(wor
     outcomes = world.await_outcomes(jobs)
     assert [(o["status"], o["wa_id"]) for o in outcomes] == [("sent", known)] * 4
     assert [row["to"] for row in world.arrived(sender=phone)] == [known] * 4
+    asked = [row["phone"] for row in world.control.lookups() if row["from"] == phone]
+    assert asked == [dialled], "once, and what WhatsApp said is remembered"
     # A new process knows nothing of it and finds it again.
     assert world.run("restart", "brazil").returncode == 0
     [again] = world.await_outcomes([world.enqueue("brazil", dialled, "again", "b4")])

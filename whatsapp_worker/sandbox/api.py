@@ -23,7 +23,7 @@ from whatsapp_worker.sandbox.faults import (
     SendFault,
 )
 from whatsapp_worker.sandbox.media import Media, MediaUnavailable
-from whatsapp_worker.sandbox.model import Attempt, Device, UnknownTarget
+from whatsapp_worker.sandbox.model import Attempt, Device, Rows, UnknownTarget
 from whatsapp_worker.sandbox.network import Network
 from whatsapp_worker.sandbox.pairing import QR_CODES, InvalidCode, PairingSession
 from whatsapp_worker.sandbox.post import MAX_CONFIGURED, RECEIPT_STEPS, Manners
@@ -149,8 +149,9 @@ class Api:
             ("POST", "/inbound"): self.inbound,
             ("GET", "/messages"): self.messages,
             ("POST", "/receipts"): self.send_receipt,
-            ("GET", "/receipts"): self.receipts,
-            ("GET", "/chat-states"): self.chat_states,
+            ("GET", "/receipts"): self._list(self._network.post.receipts),
+            ("GET", "/chat-states"): self._list(self._network.post.chat_states),
+            ("GET", "/lookups"): self._list(self._network.post.lookups),
             ("POST", "/logout-device"): self.logout_device,
             ("POST", "/reset"): self.reset,
         }
@@ -326,18 +327,6 @@ class Api:
         fields.end()
         return {"sent": self._network.post.receipt(message_id, step)}
 
-    def receipts(self, fields: Fields) -> Any:
-        since = fields.number("since", 0) or 0
-        fields.end()
-        rows = self._network.post.receipts
-        return _rows([row for row in rows if row["seq"] > since], rows.dropped)
-
-    def chat_states(self, fields: Fields) -> Any:
-        since = fields.number("since", 0) or 0
-        fields.end()
-        rows = self._network.post.chat_states
-        return _rows([row for row in rows if row["seq"] > since], rows.dropped)
-
     def logout_device(self, fields: Fields) -> Any:
         phone = fields.phone()
         fields.end()
@@ -369,6 +358,16 @@ class Api:
             "lid": str(self._network.lid(device.phone, device.number)) if device else "",
             "outcome": outcome,
         }
+
+    def _list(self, rows: Rows[dict[str, Any]]) -> Handler:
+        """Tells the rows after a number, `since`."""
+
+        def listed(fields: Fields) -> Any:
+            since = fields.number("since", 0) or 0
+            fields.end()
+            return _rows([row for row in rows if row["seq"] > since], rows.dropped)
+
+        return listed
 
     def _devices(self, phone: str) -> list[Device]:
         devices = self._network.devices_of(phone)

@@ -112,6 +112,9 @@ ClientReceipt = TypedDict(
 # What a client shows in a chat; `state` is `composing` or `paused`.
 ChatState = TypedDict("ChatState", {"seq": int, "from": str, "to": str, "state": str, "at": float})
 
+# A client's question whether a number is a contact; `phone` as it was dialled.
+Lookup = TypedDict("Lookup", {"seq": int, "from": str, "phone": str, "at": float})
+
 
 class Control:
     """A running sandbox.
@@ -338,6 +341,10 @@ class Control:
     def chat_states(self, *, since: int = 0) -> Rows[ChatState]:
         """Typing indicators that contacts were shown."""
         return self._rows("/chat-states", since=since)
+
+    def lookups(self, *, since: int = 0) -> Rows[Lookup]:
+        """Numbers about which clients asked whether they are on WhatsApp."""
+        return self._rows("/lookups", since=since)
 
     def reset(self) -> None:
         """Remove faults and manners, empty the lists; linked devices stay."""

@@ -53,6 +53,7 @@ class Post:
         self.messages: Rows[Row] = Rows()
         self.receipts: Rows[dict[str, Any]] = Rows()
         self.chat_states: Rows[dict[str, Any]] = Rows()
+        self.lookups: Rows[dict[str, Any]] = Rows()
         self.manners: dict[str, Manners] = {}
         self._network = network
         self._rows: dict[tuple[str, int, str], Row] = {}
@@ -62,6 +63,7 @@ class Post:
         self.messages.clear()
         self.receipts.clear()
         self.chat_states.clear()
+        self.lookups.clear()
         self.manners.clear()
         self._rows.clear()
 
@@ -132,6 +134,12 @@ class Post:
                 "at": time.time(),
             }
         )
+
+    def note_lookup(self, device: Device, dialled: str) -> None:
+        """A device asks whether a number is a contact."""
+        seq = self.lookups.next_seq()
+        row = {"seq": seq, "from": device.phone, "phone": dialled, "at": time.time()}
+        self.lookups.add(row)
 
     # To devices
 

@@ -100,7 +100,7 @@ class Queries:
     def _user(self, device: Device, user: Node, asked: set[str]) -> Node:
         contact = user.child("contact")
         if contact is not None:
-            return self._contact(contact)
+            return self._contact(device, contact)
         jid = user.jid("jid") or SERVER
         phone = self._network.phone(jid)
         if phone is None or not self._network.exists(phone):
@@ -116,9 +116,10 @@ class Queries:
             children.append(Node("devices", {}, [Node("device-list", {}, devices)]))
         return Node("user", {"jid": jid}, children)
 
-    def _contact(self, contact: Node) -> Node:
+    def _contact(self, device: Device, contact: Node) -> Node:
         asked = contact.data
         dialled = asked.split(b"@")[0].lstrip(b"+").decode("ascii", "replace")
+        self._network.post.note_lookup(device, dialled)
         phone = self._network.aliases.get(dialled, dialled)
         known = self._network.exists(phone)
         attrs: Attrs = {"pn_jid": phone_jid(phone)}
