@@ -1,5 +1,6 @@
 """A Sentry ingest endpoint on loopback that keeps what it is sent."""
 
+import contextlib
 import gzip
 import json
 import threading
@@ -14,6 +15,7 @@ class Ingest:
     Attributes:
         events: The decoded events, in the order of their arrival.
         raw: The bodies as they came, unzipped: for looking for what must not travel.
+        asked: How many requests came, answered or not.
         status: What it answers with.
         hang_s: How long it waits before it answers.
     """
@@ -21,6 +23,7 @@ class Ingest:
     def __init__(self, *, port: int = 0) -> None:
         self.events: list[dict[str, Any]] = []
         self.raw: list[bytes] = []
+        self.asked = 0
         self.status = 200
         self.hang_s = 0.0
         self._closing = threading.Event()
@@ -62,13 +65,15 @@ class Ingest:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
+                ingest.asked += 1
                 ingest._closing.wait(ingest.hang_s)
                 if ingest.status == 200:
                     ingest._take(body)
-                self.send_response(ingest.status)
-                self.send_header("Content-Length", "2")
-                self.end_headers()
-                self.wfile.write(b"{}")
+                with contextlib.suppress(OSError):  # the client has given up
+                    self.send_response(ingest.status)
+                    self.send_header("Content-Length", "2")
+                    self.end_headers()
+                    self.wfile.write(b"{}")
 
             def log_message(self, *_: Any) -> None:
                 """Say nothing."""

@@ -136,7 +136,7 @@ def message_unknown(session: str, *, message_ids: Sequence[str], older_than_s: f
     return Alert(
         event="message.unknown",
         level="warning",
-        text=f"Session {session}: no receipt told within {older_than_s / 3600:g} h whether"
+        text=f"Session {session}: no receipt told within {older_than_s:g} s whether"
         " messages arrived. Decide about each: whatsapp-worker messages resolve",
         key=f"message.unknown {session}",
         session=session,

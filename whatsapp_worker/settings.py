@@ -339,6 +339,13 @@ class Settings:
     alert_repeat_s: float = _seconds(
         "ALERT_REPEAT_S", 3600.0, "An alert repeats at most once in so long.", 1, 7 * _DAY
     )
+    unknown_alert_s: float = _seconds(
+        "UNKNOWN_ALERT_S",
+        3600.0,
+        "A message unknown for so long, without a receipt, is an alert.",
+        1,
+        7 * _DAY,
+    )
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Settings":

@@ -1,4 +1,4 @@
-"""Looks for messages that stayed `unknown`: handed over, and no receipt told of them in an hour.
+"""Looks for messages that stayed `unknown`: handed over, and no receipt told of them in time.
 
 A thread of the supervisor, since ledgers may be slow or down. It only reads.
 """
@@ -18,14 +18,13 @@ from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 3600.0  # a receipt has so long
-LOOK_EVERY_S = 300.0
-LOOK_BACK_S = 3600.0  # at the start: what passed the hour while no supervisor ran
+LOOK_EVERY_S = 300.0  # or twelve times in UNKNOWN_ALERT_S
+LOOK_BACK_S = 3600.0  # at the start: whose time was over while no supervisor ran
 _MOST = 100  # messages looked at of one session
 
 
 class Unsettled:
-    """Looks every five minutes, from `start` to `stop`."""
+    """Looks now and then, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -45,7 +44,9 @@ class Unsettled:
         self._sessions = sessions
         self._raise_alert = raise_alert
         self._clock = clock
-        self._looked_until = clock() - PATIENCE_S - LOOK_BACK_S
+        self._patience_s = settings.unknown_alert_s
+        self._since = clock() - self._patience_s - LOOK_BACK_S
+        self._looked: dict[str, float] = {}  # session: what became unknown before was looked at
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="unsettled", daemon=True)
 
@@ -59,42 +60,46 @@ class Unsettled:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._leave.wait(LOOK_EVERY_S):
+        while not self._leave.wait(min(LOOK_EVERY_S, self._patience_s / 12)):
             try:
                 self.look()
             except Exception:
                 log.exception("unsettled.look_failed")
 
     def look(self) -> None:
-        """Alert for every session with messages that passed the hour since the last look.
+        """Alert for every session with messages whose time was over since the last look.
 
-        A ledger that cannot be read is skipped: its trouble is told elsewhere.
+        A ledger that cannot be read waits for the next: its trouble is told elsewhere.
         """
-        until = self._clock() - PATIENCE_S
+        until = self._clock() - self._patience_s
+        looked: dict[str, float] = {}
         with contextlib.closing(_Ledgers(self._settings, self._sessions)) as ledgers:
             for session in self._sessions.ids():
                 if self._leave.is_set():
                     return
+                since = looked[session] = self._looked.get(session, self._since)
                 try:
-                    found = self._found(ledgers, session, until)
+                    found = self._found(ledgers, session, since, until)
                 except StorageError as error:
                     extra = {"session": session, "problem": str(error)}
                     log.debug("unsettled.ledger_skipped", extra=extra)
                     continue
+                looked[session] = until
                 if found:
-                    self._raise_alert(
-                        message_unknown(session, message_ids=found, older_than_s=PATIENCE_S)
+                    alert = message_unknown(
+                        session, message_ids=found, older_than_s=self._patience_s
                     )
-        self._looked_until = until
+                    self._raise_alert(alert)
+        self._looked = looked
 
-    def _found(self, ledgers: "_Ledgers", session: str, until: float) -> list[str]:
+    def _found(self, ledgers: "_Ledgers", session: str, since: float, until: float) -> list[str]:
         with ledgers.of(session) as ledger:
             if ledger is None:
                 return []
             rows = ledger.recent(_MOST, status=Status.UNKNOWN, before=until)
         # By the time at which it became unknown: recovery may find that out long after the claim.
         times = ((row.message_id, row.settled_at or row.claimed_at) for row in rows)
-        return [id for id, at in times if self._looked_until <= at < until]
+        return [id for id, at in times if since <= at < until]
 
 
 class _Ledgers:

@@ -31,6 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Inge
         MSG_RESET_S=str(RESET_S),
         SEND_RETRIES="0",
         SEND_TIMEOUT_S="3",
+        UNKNOWN_ALERT_S="5",
     )
     try:
         yield it.start(), ingest
@@ -234,6 +235,82 @@ def test_a_job_that_nobody_can_read_alerts(host: tuple[World, Ingest]) -> None:
     assert alert["contexts"]["alert"]["job_id"] == "bad"
     assert TEXT not in b"".join(ingest.raw).decode()
     assert world.limbo("poison") == {"queue": 0, "intermediate": 0, "started": 0}
+
+
+def test_a_job_on_a_queue_that_nobody_consumes_alerts_too(host: tuple[World, Ingest]) -> None:
+    world, ingest = host
+    world.redis.hset("rq:job:worse", mapping={"data": TEXT, "origin": "wa:out:nobody"})
+    world.redis.sadd("rq:queues", "rq:queue:wa:out:nobody")
+    world.redis.rpush("rq:queue:wa:out:nobody", "worse")
+    [alert] = eventually(lambda: told(ingest, event="job.poisoned", session="nobody"))
+    assert alert["contexts"]["alert"]["job_id"] == "worse"
+    assert TEXT not in b"".join(ingest.raw).decode()
+    assert world.limbo("nobody") == {"queue": 0, "intermediate": 0, "started": 0}
+
+
+def test_messages_that_stay_unknown_are_one_alert_and_those_a_receipt_settled_none(
+    host: tuple[World, Ingest],
+) -> None:
+    world, ingest = host
+    silent = "5511999990077"
+    world.control.contacts(silent, receipts="none")
+    phone = world.link("doubts")
+    jobs = []
+    for id in ("settled", "stays"):
+        world.control.send_fault("no_ack", phone=phone, count=1)
+        jobs.append(world.enqueue("doubts", silent, TEXT, id))
+        world.await_outcomes(jobs)
+    settled, stays = world.await_outcomes(jobs)
+    assert (settled["status"], stays["status"]) == ("unknown", "unknown")
+    world.control.receipts(settled["wa_message_id"])
+    [alert] = eventually(lambda: told(ingest, event="message.unknown"), what="an alert")
+    assert (alert["level"], alert["tags"]["session"]) == ("warning", "doubts")
+    assert alert["contexts"]["alert"]["message_ids"] == ["stays"]
+    assert time.time() - stays["claimed_at"] > 5
+    assert TEXT not in b"".join(ingest.raw).decode()
+    quiet_for(2.0, lambda: len(told(ingest, event="message.unknown")), 1)
+
+
+def test_every_end_for_good_alerts_once(host: tuple[World, Ingest]) -> None:
+    world, ingest = host
+    phones = {name: world.link(name) for name in ("replaced", "outdated")}
+    world.control.stream_error(phones["replaced"], conflict="replaced")
+    world.control.connect_failure(405, phones["outdated"], seconds=60)
+    world.control.drop(phones["outdated"])
+    for name in phones:
+        [alert] = eventually(lambda: told(ingest, event="session.ended", session=name))  # noqa: B023
+        assert (alert["level"], alert["tags"]["state"]) == ("error", name)
+        assert world.state(name)["sentence"] in alert["message"]
+    quiet_for(1.0, lambda: [len(told(ingest, session=name)) for name in phones], [1, 1])
+
+
+def test_a_sentry_that_hangs_slows_no_send_and_no_end(tmp_path: Path) -> None:
+    ingest = Ingest().start()
+    world = World(tmp_path, SENTRY_DSN=ingest.dsn)
+    try:
+        world.start().link("sales")
+        before_s = duration(world, "before")
+        ingest.hang_s = 300
+        world.redis.rpush("rq:queue:wa:out:sales", "no job at all")
+        eventually(lambda: ingest.asked, what="an alert is on its way")
+        assert duration(world, "while it hangs") < 2 * before_s + 0.5
+        assert ingest.events == []
+        begun = time.monotonic()
+        assert world.supervisor is not None
+        world.supervisor.terminate()
+        assert world.supervisor.wait(20) == 0
+        assert time.monotonic() - begun < 5, "at most 2 s of it for the alert"
+    finally:
+        world.close()
+        ingest.close()
+
+
+def duration(world: World, name: str) -> float:
+    """Seconds that a hundred messages take, one after the other."""
+    begun = time.monotonic()
+    jobs = [world.enqueue("sales", CONTACT, TEXT, f"{name} {n}") for n in range(100)]
+    assert {o["status"] for o in world.await_outcomes(jobs)} == {"sent"}
+    return time.monotonic() - begun
 
 
 def test_device_processes_and_hosts_without_a_dsn_do_not_load_the_sentry_sdk(

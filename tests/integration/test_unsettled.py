@@ -10,9 +10,10 @@ from storage.ledger import Claim, Ledger, Settlement
 from storage.sessions import Sessions
 from whatsapp_worker import unsettled
 from whatsapp_worker.settings import Settings
-from whatsapp_worker.unsettled import LOOK_BACK_S, LOOK_EVERY_S, PATIENCE_S, Unsettled
+from whatsapp_worker.unsettled import LOOK_BACK_S, LOOK_EVERY_S, Unsettled
 
 NOW = 1_800_000_000.0
+PATIENCE_S = Settings().unknown_alert_s
 
 
 class World:
@@ -83,12 +84,17 @@ def test_what_recovery_found_out_late_is_told(world):
     assert world.told() == [("sales", ["late"])]
 
 
-def test_a_ledger_that_cannot_be_read_costs_no_other_its_look(tmp_path):
+def test_a_ledger_that_cannot_be_read_costs_no_other_its_look_and_is_read_later(tmp_path):
     world = World(tmp_path / "data", tmp_path)
-    (world.sessions.folder("help") / "ledger.db.held").write_text("set aside")
-    (world.sessions.folder("help") / "ledger.db").touch()
-    world.message("sales", "a", age_s=PATIENCE_S + 10)
+    for session in ("help", "sales"):
+        world.message(session, "a", age_s=PATIENCE_S + 10)
+    held = world.sessions.folder("help") / "ledger.db.held"
+    held.write_text("set aside")
     assert world.told() == [("sales", ["a"])]
+    world.now += LOOK_EVERY_S
+    held.unlink()
+    assert world.told() == [("help", ["a"])]
+    assert world.told() == []
 
 
 def test_the_thread_looks_and_ends(world, monkeypatch):
