@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from whatsapp_worker.cli import arguments
+from whatsapp_worker.sandbox.api import make_app
+from whatsapp_worker.sandbox.media import Media
+from whatsapp_worker.sandbox.network import Network
 from whatsapp_worker.settings import Settings
 
 PATH = Path(__file__).parents[2] / "README.md"
@@ -47,6 +50,15 @@ def test_every_exit_code_is_explained_in_the_same_words(code, meaning):
 def test_every_command_shown_is_one(command):
     words = shlex.split(command)[1:]
     assert arguments.parser().parse_args(words)
+
+
+def test_every_route_of_the_sandbox_is_shown(tmp_path):
+    network = Network(state_dir=tmp_path, later=lambda seconds, call: None)
+    app = make_app(network, Media(tmp_path / "media"), "key")
+    paths = {resource.canonical.partition("{")[0] for resource in app.router.resources()}
+    rows = re.findall(r"^\| (`(?:GET|POST).*?) \|", README, re.MULTILINE)
+    assert {path for row in rows for path in re.findall(r"/[a-z-]+/?", row)} == paths
+    network.close()
 
 
 def test_commands_were_found_in_the_readme():
