@@ -69,6 +69,33 @@ def test_wrong_usage_ends_with_code_2(words, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["send", "s", "1", "x", "--timeout", "soon"], "--timeout: must be from 0.001 to 86400"),
+        (["send", "s", "1", "x", "--timeout", "nan"], "--timeout: must be from 0.001 to 86400"),
+        (["logs", "--lines", "x"], "--lines: must be from 1 to 100000"),
+        (["sandbox", "--proxy-port", "70000"], "--proxy-port: must be from 0 to 65535"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_with_its_range(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_a_code_is_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    for png in (tmp_path / "none" / "qr.png", tmp_path):
+        assert main(["link", "sales", "--json", "--png", str(png)]) == 2
+        told = json.loads(capsys.readouterr().out)
+        assert told["event"] == "failed" and "--png" in told["sentence"]
+    assert not (tmp_path / "data" / "sessions").exists()
+
+
 def test_bad_settings_are_listed_all_at_once(monkeypatch, capsys):
     monkeypatch.setenv("SEND_TIMEOUT_S", "never")
     monkeypatch.setenv("MAX_SESSIONS", "0")

@@ -4,12 +4,13 @@ import argparse
 import importlib
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from whatsapp_worker import __version__
 
 Options: TypeAlias = argparse.Namespace
 Command: TypeAlias = Callable[[Options, Any], int]
+N = TypeVar("N", int, float)
 
 INTERRUPTED = 130
 EXIT_CODES = {
@@ -378,21 +379,34 @@ def _json(made: argparse.ArgumentParser, about: str) -> None:
 
 def _port(made: argparse.ArgumentParser, name: str, about: str) -> None:
     made.add_argument(
-        name, type=int, default=0, metavar="PORT", help=f"port {about} (default: the last, or any)"
+        name,
+        type=_port_number,
+        default=0,
+        metavar="PORT",
+        help=f"port {about} (default: the last, or any)",
     )
 
 
 def _duration(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86_400:
-        raise argparse.ArgumentTypeError("must be more than 0 and at most 86400 seconds")
-    return value
+    return _number(float, text, 0.001, 86_400, "seconds")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if not 0 < value <= 100_000:
-        raise argparse.ArgumentTypeError("must be from 1 to 100000")
+    return _number(int, text, 1, 100_000)
+
+
+def _port_number(text: str) -> int:
+    return _number(int, text, 0, 65_535)
+
+
+def _number(read: Callable[[str], N], text: str, low: N, high: N, unit: str = "") -> N:
+    """A number of a command line; argparse would name our function to the user."""
+    try:
+        value = read(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g} {unit}".strip())
     return value
 
 

@@ -1,5 +1,6 @@
 """`whatsapp-worker link`: shows codes as they rotate, until a phone has taken one."""
 
+import os
 import re
 import shutil
 import sys
@@ -37,13 +38,13 @@ def _link(options: Options, settings: Settings) -> None:
     attempt = Attempt(
         Host(settings), options.session, phone=_digits(options.phone), again=options.again
     )
-    png = Path(options.png) if options.png else None
+    png = _writable(options.png)
     screen: Screen = JsonScreen(png) if options.json else Screen(options.session, png)
     try:
         with screen:
             for word in attempt.follow():
                 screen.show(word)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         attempt.withdraw()
         raise
 
@@ -51,6 +52,18 @@ def _link(options: Options, settings: Settings) -> None:
 def _reason(error: WorkerError) -> str:
     """A code for what went wrong around the attempt: `CapacityReached` is `capacity-reached`."""
     return re.sub(r"(?<=.)([A-Z])", r"-\1", type(error).__name__).lower()
+
+
+def _writable(png: str | None) -> Path | None:
+    """Where codes are to be drawn.
+
+    Raises:
+        UsageError: Nothing can be written there; said before a code is asked for.
+    """
+    path = Path(png) if png else None
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UsageError(f"--png: {path} cannot be written")
+    return path
 
 
 def _digits(phone: str | None) -> str | None:
