@@ -65,6 +65,8 @@ FILES = {
     "/empty": b"",
 }
 
+BIG = 30_000_000  # bytes of /big
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: "Web"
@@ -86,6 +88,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif name == "/endless":
             self._head(200)
             self._write(b"%PDF" + bytes(1_000_000), times=1000)
+        elif name == "/big":
+            self._head(200, Content_Length=str(BIG))
+            self._write(bytes(BIG // 30), times=30)
         elif name == "/short":
             self._head(200, Content_Length="1000")
             self._write(b"%PDF only the start")

@@ -484,6 +484,26 @@ def test_a_text_is_edited_and_revoked(bench: Bench) -> None:
     assert row["message"]["protocolMessage"]["key"]["ID"] == sent
 
 
+def test_an_administrator_revokes_what_others_wrote_in_a_group(bench: Bench) -> None:
+    revoke = {"type": "revoke", "revoke": {"message_id": "3EB0AA", "from": BOB}}
+    row = bench.arrived(revoke, to=bench.group)
+    key = row["message"]["protocolMessage"]["key"]
+    assert row["type"] == "revoke"
+    assert (key["ID"], key["fromMe"]) == ("3EB0AA", False)
+    assert key["participant"] == f"{BOB}@s.whatsapp.net"
+
+
+def test_a_message_in_a_group_is_marked_as_read_for_its_author(bench: Bench) -> None:
+    read = {"type": "read", "read": {"message_id": "3EB0AB", "from": BOB}}
+    assert bench.outcome(read, to=bench.group)["status"] == "sent"
+
+    def told() -> list[dict[str, Any]]:
+        return [dict(r) for r in bench.control.client_receipts() if "3EB0AB" in r["ids"]]
+
+    [receipt] = eventually(told, what="the group is told")
+    assert (receipt["type"], receipt["to"], receipt["author"]) == ("read", bench.group, BOB)
+
+
 @pytest.mark.parametrize("recipient", [ANA, "lid"])
 def test_a_received_message_is_marked_as_read(bench: Bench, recipient: str) -> None:
     id = bench.control.inbound(sender=ANA, to=ME, text="are you there?")

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from media_files import JPEG, PDF, Web, web
+from media_files import BIG, JPEG, PDF, Web, web
 
 from whatsapp_worker import download
 from whatsapp_worker.errors import MediaFailed
@@ -231,6 +232,34 @@ def test_nothing_leads_out_of_the_folder(folder: Path) -> None:
         with pytest.raises(MediaFailed), media(folder).file(image(path)):
             pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("source", ["link", "file"])
+def test_a_file_is_never_whole_in_memory(folder: Path, server: Web, source: str) -> None:
+    """Python's memory; what comes afterwards is told in docs/messages.md."""
+    (folder / "offers" / "big").write_bytes(bytes(BIG))
+    given = f"{server.url}/big" if source == "link" else "big"
+    fetched = media(folder, media_allow_private=True)
+    tracemalloc.start()
+    try:
+        with fetched.file({"type": "document", "document": {source: given}}) as file:
+            assert file.size == file.path.stat().st_size == BIG
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < BIG / 10, "the test's own server hands out a thirtieth at a time"
+
+
+def test_each_kind_has_its_own_limit_below_the_setting(folder: Path) -> None:
+    limits = {"sticker": 1, "image": 16}
+    for kind, mib in limits.items():
+        path = folder / "offers" / kind
+        path.write_bytes(JPEG)
+        os.truncate(path, mib * 1024 * 1024 + 1)
+        found = media(folder, media_max_mib=100).file({"type": kind, kind: {"file": kind}})
+        reason = f"is longer than the {mib * 1024 * 1024} bytes"
+        with pytest.raises(MediaFailed, match=reason), found:
+            pass
 
 
 def test_pictures_that_are_none_or_too_large_to_decode_are_refused(folder: Path) -> None:

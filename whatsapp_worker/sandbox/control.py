@@ -103,10 +103,19 @@ Message = TypedDict(
     },
 )
 
-# A receipt that a client sent for messages of a contact or of another device.
+# A receipt that a client sent for messages of a contact or of another device; `author` wrote them,
+# where `to` is a group.
 ClientReceipt = TypedDict(
     "ClientReceipt",
-    {"seq": int, "from": str, "to": str, "ids": list[str], "type": str, "at": float},
+    {
+        "seq": int,
+        "from": str,
+        "to": str,
+        "author": str | None,
+        "ids": list[str],
+        "type": str,
+        "at": float,
+    },
 )
 
 # What a client shows in a chat; `state` is `composing` or `paused`.

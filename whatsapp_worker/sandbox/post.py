@@ -403,6 +403,7 @@ class Post:
                 "seq": self.receipts.next_seq(),
                 "from": device.phone,
                 "to": self._network.phone(to) or str(to),
+                "author": self._network.phone(node.jid("participant")),
                 "ids": [node.text("id"), *more],
                 "type": node.text("type") or "delivered",
                 "at": time.time(),
