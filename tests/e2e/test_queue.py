@@ -3,12 +3,16 @@
 import contextlib
 import json
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rq import Queue
+from rq.serializers import JSONSerializer
 from world import World, eventually
 
+from whatsapp_worker import client
 from whatsapp_worker.client import Outbox
 
 CONTACT = "5521988880001"
@@ -66,6 +70,33 @@ def test_a_queue_is_paused_looked_at_cancelled_from_cleared_and_resumed(world: W
     world.await_outcomes([last])
     texts = [message["text"] for message in world.arrived(to=CONTACT)]
     assert texts == ["text 0", "text 3", "last"]
+
+
+def test_what_rq_scheduled_goes_in_its_place_by_time_of_enqueueing(world: World):
+    """Each of RQ's own ways to enqueue for later, and ours, between others; all due by the end."""
+    world.link("sales")
+    ask(world, "queue", "sales", "pause")
+    eventually(lambda: world.session("sales")["queue"]["state"] == "paused")
+    queue = Queue("wa:out:sales", connection=world.redis, serializer=JSONSerializer)
+    call = ("jobs.outbound.send_message",)
+    wait = timedelta(seconds=1)
+    jobs = []
+    for n, how in enumerate(("at", "", "in", "send_at", "", "in", "")):
+        kwargs = client.text(CONTACT, f"text {n}", message_id=f"m{n}").kwargs("sales")
+        if how == "send_at":
+            kwargs["send_at"] = time.time() + 1
+        if how == "at":
+            jobs.append(queue.enqueue_at(datetime.now(UTC) + 2 * wait, *call, kwargs=kwargs))
+        elif how == "in":
+            jobs.append(queue.enqueue_in(wait, *call, kwargs=kwargs))
+        else:
+            jobs.append(queue.enqueue(*call, kwargs=kwargs))
+    assert queue.scheduled_job_registry.count == 3
+    eventually(lambda: queue.count == 7, what="those that are due are moved in")
+    ask(world, "queue", "sales", "resume")
+    assert {o["status"] for o in world.await_outcomes(jobs)} == {"sent"}
+    texts = [message["text"] for message in world.arrived(to=CONTACT)]
+    assert texts == [f"text {n}" for n in range(7)]
 
 
 def test_a_contact_sees_that_something_is_typed_before_each_text_arrives(world: World):

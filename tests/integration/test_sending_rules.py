@@ -189,8 +189,9 @@ def test_a_message_for_later_waits_survives_a_restart_and_goes_on_time(
     assert outcome(redis, "later")["claimed_at"] >= due_at
 
 
+@pytest.mark.parametrize("how", ["enqueue_at", "enqueue_in"])
 def test_jobs_that_rq_itself_scheduled_are_sent_when_they_are_due(
-    redis: Redis, url: str, tmp_path: Path
+    redis: Redis, url: str, tmp_path: Path, how: str
 ) -> None:
     arguments = {
         "session": "s1",
@@ -198,14 +199,18 @@ def test_jobs_that_rq_itself_scheduled_are_sent_when_they_are_due(
         "message_id": "m1",
         "message": {"type": "text", "text": {"body": "x"}},
     }
-    job = queue_of(redis).enqueue_at(
-        datetime.now(UTC) + timedelta(seconds=1),
+    wait = timedelta(seconds=1)
+    job = getattr(queue_of(redis), how)(
+        datetime.now(UTC) + wait if how == "enqueue_at" else wait,
         "jobs.outbound.send_message",
         description="send_message",
         kwargs=arguments,
     )
+    due_at = time.time() + 1
     with Running(Parts(url, tmp_path)):
         eventually(lambda: job.get_status() == "finished")
+    job.refresh()
+    assert job.meta["outcome"]["claimed_at"] >= due_at - 0.1
 
 
 def test_five_lost_connections_open_the_breaker_across_processes_and_nothing_is_lost(
@@ -438,6 +443,32 @@ def test_a_job_that_rq_cancels_while_it_is_laid_aside_is_not_revived(
     assert fetch(redis, "m0").get_status() == "canceled"
     assert limbo(redis) == redis.zcard(f"rq:scheduled:{QUEUE}") == 0
     parts.close()
+
+
+@pytest.mark.parametrize("is_popped", [False, True], ids=["waiting", "popped"])
+def test_a_cancel_that_was_killed_half_way_is_not_revived_by_who_finds_its_job_at_the_head(
+    redis: Redis, url: str, tmp_path: Path, location: str | Path, is_popped: bool
+) -> None:
+    enqueue(redis, "m0")
+    enqueue(redis, "m1")
+    parts = Parts(url, tmp_path, location=location)
+    if is_popped:
+        parts.outbox.exchange()  # by a process that ends before it claims
+    parts.outbox.withdraw = _killed  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        cancel({"m0"}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)
+    parts.close()
+    assert outcome(redis, "m0") == {}
+    with Running(Parts(url, tmp_path, location=location)) as running:
+        eventually(lambda: settled(redis, "m0", "m1"))
+        assert running.parts.device.received() == ["text of m1"]
+    assert outcome(redis, "m0")["status"] == "cancelled"
+    assert event_names(redis) == ["message.cancelled", "message.sent"]
+
+
+def _killed(*_: Any) -> None:
+    """In the ledger it is cancelled, in Redis it is not."""
+    raise SystemExit
 
 
 def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
