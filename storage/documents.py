@@ -22,6 +22,7 @@ from storage.errors import (
     DocumentUnwritable,
     LockHeld,
     LockUnusable,
+    reason,
 )
 from storage.locks import FileLock
 
@@ -370,16 +371,3 @@ def _age_s(older: Path, newer: Path) -> float:
     with contextlib.suppress(OSError):
         return max(0.0, newer.stat().st_mtime - older.stat().st_mtime)
     return 0.0
-
-
-def reason(error: OSError) -> str:
-    """What happened and what to do, for people."""
-    remedy = {
-        errno.ENOSPC: "the disk is full: make room",
-        errno.EDQUOT: "the disk quota is used up: make room",
-        errno.EROFS: "the filesystem is read-only: mount it for writing",
-        errno.EACCES: "permission denied: give this user the data folder",
-        errno.EPERM: "permission denied: give this user the data folder",
-        errno.ENOENT: "its folder is gone",
-    }
-    return remedy.get(error.errno or 0, str(error.strerror or error))

@@ -23,8 +23,25 @@
 what a command ends with when the error reaches it.
 """
 
+import errno
 from pathlib import Path
 from typing import Any, ClassVar
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the disk quota is used up: make room",
+    errno.EROFS: "the filesystem is read-only: mount it for writing",
+    errno.EACCES: "permission denied: run this as the owner of the data folder",
+    errno.EPERM: "permission denied: run this as the owner of the data folder",
+    errno.ENOENT: "its folder is gone",
+    errno.ENOTDIR: "a file lies where a folder must be: set DATA_DIR to a folder",
+    errno.EEXIST: "a file lies where a folder must be: set DATA_DIR to a folder",
+}
+
+
+def reason(error: OSError) -> str:
+    """What happened and what to do, for people."""
+    return _REMEDIES.get(error.errno or 0, str(error.strerror or error))
 
 
 class StorageError(Exception):

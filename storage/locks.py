@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from storage.errors import LockHeld, LockUnusable
+from storage.errors import LockHeld, LockUnusable, reason
 
 _SLEEP_MIN_S = 0.0005
 _SLEEP_MAX_S = 0.01
@@ -103,9 +103,15 @@ def is_locked(path: Path) -> bool:
 
     It shares the lock for an instant to find out, so that probes do not see each other; who needs
     a lock that is probed so should wait for it a little (`acquire(1.0)`).
+
+    Raises:
+        LockUnusable: The file may not be looked at.
     """
-    if not path.exists():
-        return False
+    try:
+        if not path.exists():
+            return False
+    except OSError as error:
+        raise _unusable(path, error) from error
     fd = _try(path, fcntl.LOCK_SH)
     if fd is None:
         return True
@@ -160,7 +166,7 @@ def _unusable(path: Path, error: OSError) -> LockUnusable:
     if error.errno in _NO_LOCKS:
         text = f"the filesystem of {path} has no locks ({error.strerror}): use a local disk"
     else:
-        text = f"cannot lock {path}: {error.strerror}"
+        text = f"cannot lock {path}: {reason(error)}"
     return LockUnusable(path, text, error.errno)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.documents import Document, Fields, reason, sync_folder, write_synced
+from storage.documents import Document, Fields, sync_folder, write_synced
 from storage.errors import (
     DocumentBroken,
     DocumentUnwritable,
@@ -30,6 +30,7 @@ from storage.errors import (
     RecordExists,
     RecordExported,
     RecordMissing,
+    reason,
 )
 from storage.hold import Hold
 from storage.locks import FileLock, check_locking
@@ -144,7 +145,7 @@ class Sessions:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folders.chmod(0o700)
         except OSError as error:
-            raise DocumentUnwritable(self.data_dir, f"cannot be made: {error.strerror}") from error
+            raise DocumentUnwritable(self.data_dir, f"cannot be made: {reason(error)}") from error
         check_locking(self.data_dir)
 
     def clean(self) -> list[str]:
@@ -177,7 +178,7 @@ class Sessions:
         except FileNotFoundError:
             key = self._make_install_key(path)
         except OSError as error:
-            raise DocumentBroken(path, f"cannot be read: {error.strerror}") from error
+            raise DocumentBroken(path, f"cannot be read: {reason(error)}") from error
         if len(key) != KEY_BYTES:
             raise DocumentBroken(
                 path, f"holds {len(key)} bytes, not {KEY_BYTES}: restore it from a backup"
@@ -233,7 +234,7 @@ class Sessions:
             folder.mkdir(mode=0o700, exist_ok=True)  # a killed create left it
             sync_folder(self._folders)
         except OSError as error:
-            raise DocumentUnwritable(folder, f"cannot be made: {error.strerror}") from error
+            raise DocumentUnwritable(folder, f"cannot be made: {reason(error)}") from error
         wanted = Wanted(
             generation=1, network=network, run="run", created_at=now, touched_at=now, why=why
         )
@@ -351,7 +352,7 @@ class Sessions:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise DocumentUnwritable(folder, f"cannot be removed: {error.strerror}") from error
+            raise DocumentUnwritable(folder, f"cannot be removed: {reason(error)}") from error
         self._seen.pop(id, None)
         shutil.rmtree(grave, ignore_errors=True)
 
@@ -378,9 +379,7 @@ class Sessions:
             folder.rename(self.folder(id))  # fails when somebody else made it meanwhile
             sync_folder(self._folders)
         except OSError as error:
-            raise DocumentUnwritable(
-                self.folder(id), f"cannot be made: {error.strerror}"
-            ) from error
+            raise DocumentUnwritable(self.folder(id), f"cannot be made: {reason(error)}") from error
 
     def _require_folder(self, id: str) -> None:
         if not self.folder(id).is_dir():
@@ -432,7 +431,7 @@ class Sessions:
                 temporary.unlink()
             return path.read_bytes()
         except OSError as error:
-            raise DocumentUnwritable(path, f"cannot be made: {error.strerror}") from error
+            raise DocumentUnwritable(path, f"cannot be made: {reason(error)}") from error
 
 
 def _document(folder: Path, name: str) -> Document:

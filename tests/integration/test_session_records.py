@@ -333,7 +333,7 @@ def test_a_disk_that_is_full_or_read_only_is_told_and_records_stay(small_disk: P
         lambda: sessions.want("sales", lambda wanted: wanted),
         lambda: sessions.remove("sales"),
     ):
-        with pytest.raises(DocumentUnwritable, match="Read-only"):
+        with pytest.raises(DocumentUnwritable, match="read-only"):
             call()
     wanted = sessions.wanted("sales")
     assert wanted is not None
