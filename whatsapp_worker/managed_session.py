@@ -397,7 +397,7 @@ class ManagedSession:
         if self.process is not None and self.process.is_ending:
             return True
         is_due = self.process is None and self.due_at is not None and now >= self.due_at
-        is_waiting = is_due and self.reason is not Reason.CAPACITY
+        is_waiting = is_due and self._host.has_room(self.id)
         return is_waiting or self._is_restarting or self._logout is not None
 
     def _pursue_logout(self, logout: LogoutAttempt, now: float) -> None:
@@ -457,6 +457,7 @@ class ManagedSession:
         if not self._host.has_room(self.id):
             if self.reason is not Reason.CAPACITY:
                 self._status.move(Trigger.STOP, Reason.CAPACITY, attempt=0, next_attempt_at=None)
+            self._give_up_link(Reason.CAPACITY, now)
             return
         if not self._host.admits_dial(self.id):
             return

@@ -44,10 +44,10 @@ def resolve_url(settings: Settings) -> str:
         return settings.redis_url
     try:
         return str(json.loads(_announcement(settings.data_dir).read_text())["url"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise RedisUnavailable(
             "No Redis is known: set REDIS_URL, or start `whatsapp-worker run` on"
-            f" {settings.data_dir}, which brings one of its own"
+            f" {settings.data_dir.absolute()}, which brings one of its own"
         ) from None
 
 

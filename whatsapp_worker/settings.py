@@ -4,13 +4,14 @@ The declarations feed the parser, `whatsapp-worker settings`, `doctor` and the t
 Settings are read once, at process entry, and handed down; nothing else reads the environment.
 """
 
+import contextlib
 import dataclasses
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from whatsapp_worker.errors import SettingsError
 
@@ -66,11 +67,24 @@ def _is_on(text: str) -> bool:
 
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if urlsplit(text).scheme not in schemes:
+        if not text.startswith(tuple(f"{scheme}://" for scheme in schemes)):
             raise ValueError(f"must start with one of {', '.join(s + '://' for s in schemes)}")
+        if not _has_readable_host(text):  # what urllib says may hold a part of the password
+            raise ValueError(
+                "has no host and port that can be read; special characters of a password must be"
+                " written as %XX"
+            )
         return text
 
     return parse
+
+
+def _has_readable_host(url: str) -> bool:
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        has_port = parts.port is not None  # raises for what is none
+        return bool(parts.hostname) or (not has_port and parts.netloc[-1:] in ("", "@"))
+    return False
 
 
 def _declare(
@@ -415,4 +429,4 @@ def mask(url: str) -> str:
         where += f":{parts.port}"
     if parts.username or parts.password:
         where = f"***@{where}"
-    return urlunsplit((parts.scheme, where, parts.path, "***" if parts.query else "", ""))
+    return f"{parts.scheme}://{where}{parts.path}{'?***' if parts.query else ''}"

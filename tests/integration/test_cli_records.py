@@ -182,8 +182,58 @@ def test_link_beyond_max_sessions_is_refused(sessions, capsys, monkeypatch):
     monkeypatch.setenv("MAX_SESSIONS", "1")
     make(sessions, "one", "connected")
     assert main(["link", "two", "--json"]) == 4
-    assert row(capsys)["reason"] == "capacity-reached"
+    assert row(capsys)["reason"] == "capacity"
     assert sessions.ids() == ["one"]
+
+
+def test_link_of_a_session_that_has_no_room_to_run_is_refused_the_same(sessions, capsys):
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        link = {"request": (wanted.link or {}).get("request"), "result": "failed"}
+        link |= {"reason": "capacity", "sentence": "Stop one."}
+        return answering("stopped", link=link)(name, wanted)
+
+    make(sessions, "sales", "stopped")
+    with supervised(sessions, answer):
+        assert main(["link", "sales", "--json"]) == 4
+    assert row(capsys) == {"event": "failed", "reason": "capacity", "sentence": "Stop one."}
+
+
+@pytest.mark.parametrize("verb", ["start", "restart"])
+@pytest.mark.parametrize("reason, code", [("capacity", 4), ("wrong-network", 1)])
+def test_start_says_at_once_that_it_cannot_be(sessions, capsys, verb, reason, code):
+    make(sessions, "sales", "stopped", reason=reason)
+    before = sessions.state("sales")
+
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        return dataclasses.replace(before, generation=wanted.generation, sentence="Do this.")
+
+    with supervised(sessions, answer):
+        assert main([verb, "sales"]) == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.count("Do this.") == 1
+
+
+def test_restart_of_a_session_without_a_process_does_not_wait_for_another(sessions, capsys):
+    make(sessions, "sales", "unlinked")
+    with supervised(sessions, answering("unlinked", sentence="Link it.")):
+        assert main(["restart", "sales", "--json"]) == 1
+    assert row(capsys) == {"session": "sales", "state": "unlinked"}
+
+
+def test_a_command_on_an_unknown_session_says_where_it_looked_and_how_to_make_one(sessions, capsys):
+    assert main(["stop", "sales"]) == 3
+    told = capsys.readouterr().err
+    assert str(sessions.data_dir.absolute()) in told and "whatsapp-worker link sales" in told
+
+
+def test_a_data_folder_that_is_a_file_is_said_in_one_sentence(sessions, monkeypatch, capsys):
+    path = sessions.data_dir / "file"
+    path.write_text("")
+    monkeypatch.setenv("DATA_DIR", str(path))
+    for words in (["status"], ["run"], ["link", "sales"], ["health"]):
+        assert main(words) == 1
+        assert "set DATA_DIR to a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["link", "No/pe"], ["link", "x", "--phone", "12"]])

@@ -285,6 +285,25 @@ def test_beyond_max_sessions_it_waits_with_reason_capacity(play: Play) -> None:
     assert play.tick(1) is State.CONNECTING
 
 
+def test_a_link_of_a_session_that_has_no_room_is_answered_at_once(play: Play) -> None:
+    play.want(run="stop")
+    play.host.room = False
+    link(play)
+    assert play.saved.link["reason"] == "capacity"
+    assert play.kinds == []
+
+
+def test_a_start_is_not_refused_for_room_that_has_come_meanwhile(play: Play) -> None:
+    play.host.room = False
+    play.want(why="start")
+    play.host.room, play.host.gate = True, False
+    play.want(why="start")
+    assert play.saved.generation < play.wanted.generation
+    play.host.gate = True
+    assert play.tick() is State.CONNECTING
+    assert play.saved.generation == play.wanted.generation
+
+
 def test_a_session_of_the_other_network_refuses_to_run(play: Play) -> None:
     play.wanted = replace(play.wanted, network="whatsapp")
     play.resume()
@@ -293,8 +312,9 @@ def test_a_session_of_the_other_network_refuses_to_run(play: Play) -> None:
     assert play.kinds == []
 
 
-def link(play: Play, request: str = "r1", **more: Any) -> None:
-    play.want(link={"request": request, "method": "qr", "phone": None, "again": False, **more})
+def link(play: Play, request: str = "r1", *, again: bool = False) -> None:
+    asked = {"request": request, "method": "qr", "phone": None, "again": again}
+    play.want(run="run", link=asked)
 
 
 def test_linking_shows_codes_in_a_private_file_adopts_and_connects(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from whatsapp_worker.errors import SettingsError
-from whatsapp_worker.settings import Settings, declarations
+from whatsapp_worker.settings import Settings, declarations, mask
 
 
 def test_an_empty_environment_gives_the_documented_defaults():
@@ -19,6 +19,29 @@ def test_all_problems_are_listed_at_once():
     assert len(caught.value.problems) == 3
     assert caught.value.exit_code == 2
     assert any("MAX_SESSIONS is no whole number" in p for p in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://cache:port/0",
+        "redis://cache:99999/0",
+        "redis://:seam#less@cache/0",
+        "redis://:seam/less@cache:6379/0",
+        "redis://:seam[less@cache:6379/0",
+        "redis:cache",
+    ],
+)
+def test_a_url_that_cannot_be_taken_apart_is_refused_without_its_password(url):
+    with pytest.raises(SettingsError) as caught:
+        Settings.read({"REDIS_URL": url})
+    assert "REDIS_URL" in str(caught.value)
+    assert "seam" not in str(caught.value) and "less" not in str(caught.value)
+
+
+def test_urls_are_shown_as_they_are_written():
+    for url in ("unix:///run/redis.sock", "redis://", "redis://cache", "redis://cache:6379/0"):
+        assert mask(str(Settings.read({"REDIS_URL": url}).redis_url)) == url
 
 
 def test_an_empty_variable_counts_as_absent():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage import locks
 from storage.sessions import Sessions, StateRecord, Wanted
-from whatsapp_worker.cli.terminal import duration
+from whatsapp_worker.cli.terminal import duration, talk
 from whatsapp_worker.errors import (
     SessionDeleted,
     SessionError,
@@ -81,7 +81,11 @@ class Host:
         known = self.sessions.ids()
         names = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         have = f"there are: {names}" if known else "there is none yet"
-        return UnknownSession(f"there is no session {session} in {self.settings.data_dir}; {have}")
+        where = self.settings.data_dir.absolute()
+        return UnknownSession(
+            f"there is no session {session} in {where}; {have}. Make it: whatsapp-worker link"
+            f" {session}"
+        )
 
     def wait_for(
         self,
@@ -131,6 +135,7 @@ class SupervisorPatience:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._missing_since: float | None = None
+        self._is_told = False
         self._checked_at = 0.0
 
     def check(self) -> bool:
@@ -147,10 +152,13 @@ class SupervisorPatience:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = now
+            if not self._is_told:
+                talk("No supervisor runs yet; waiting for one: whatsapp-worker run")
+            self._is_told = True
         elif now - self._missing_since > SUPERVISOR_GRACE_S:
             raise SupervisorUnavailable(
-                f"No supervisor runs on {self._host.settings.data_dir}. The request is recorded and"
-                " takes effect when one does: whatsapp-worker run"
+                f"No supervisor runs on {self._host.settings.data_dir.absolute()}. The request is"
+                " recorded and takes effect when one does: whatsapp-worker run"
             )
         return self._missing_since is None
 

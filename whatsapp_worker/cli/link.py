@@ -11,7 +11,8 @@ from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.linking import Attempt, Code, Linked, Moved
 from whatsapp_worker.cli.terminal import emit, has_colours, paint, talk
-from whatsapp_worker.errors import LinkFailed, UsageError, WorkerError
+from whatsapp_worker.errors import CapacityReached, LinkFailed, UsageError, WorkerError
+from whatsapp_worker.session import Reason
 from whatsapp_worker.settings import Settings
 
 HOW_TO_SCAN = "On the phone: WhatsApp > Settings > Linked devices > Link a device, and scan:"
@@ -50,7 +51,9 @@ def _link(options: Options, settings: Settings) -> None:
 
 
 def _reason(error: WorkerError) -> str:
-    """A code for what went wrong around the attempt: `CapacityReached` is `capacity-reached`."""
+    """A code for what went wrong around the attempt: `SessionDeleted` is `session-deleted`."""
+    if isinstance(error, CapacityReached):
+        return Reason.CAPACITY.value
     return re.sub(r"(?<=.)([A-Z])", r"-\1", type(error).__name__).lower()
 
 

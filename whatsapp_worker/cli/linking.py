@@ -14,7 +14,7 @@ from storage.sessions import StateRecord, Wanted
 from whatsapp_worker.cli.host import POLL_S, Host, SupervisorPatience
 from whatsapp_worker.errors import CapacityReached, CommandTimeout, LinkFailed
 from whatsapp_worker.keys import session_id
-from whatsapp_worker.session import State
+from whatsapp_worker.session import Reason, State
 
 # Beside the attempt itself: a supervisor that is starting, and the end of the attempt.
 _GRACE_S = 30.0
@@ -60,7 +60,6 @@ class Attempt:
 
     Raises:
         UsageError: That is no session id.
-        CapacityReached: There are MAX_SESSIONS sessions already.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class Attempt:
 
         Raises:
             LinkFailed: It did not link; carries reason code and sentence.
+            CapacityReached: MAX_SESSIONS sessions exist, or run, already.
             SupervisorUnavailable: None runs; the request stays recorded (transient).
             CommandTimeout: Neither linked nor failed in time (transient).
         """
@@ -147,8 +147,8 @@ class Attempt:
         settings = self._host.settings
         if len(self._host.sessions.ids()) >= settings.max_sessions:
             raise CapacityReached(
-                f"there are {settings.max_sessions} sessions already: delete one, or raise"
-                " MAX_SESSIONS"
+                f"MAX_SESSIONS={settings.max_sessions} sessions exist already: delete one, or raise"
+                " it"
             )
         self._host.sessions.prepare()
         self._host.sessions.install_key()  # made before the first session, it is not missed later
@@ -174,10 +174,9 @@ class Attempt:
             return None
         if link.get("result") == "linked":
             return _linked(state)
-        raise LinkFailed(
-            str(link.get("reason") or state.reason or "link-failed"),
-            str(link.get("sentence") or state.sentence or "The link attempt did not succeed."),
-        )
+        reason = str(link.get("reason") or state.reason or "link-failed")
+        said = str(link.get("sentence") or state.sentence or "The link attempt did not succeed.")
+        raise CapacityReached(said) if reason == Reason.CAPACITY else LinkFailed(reason, said)
 
     def _code(self) -> Code | None:
         path = self._host.sessions.folder(self._session) / "link.json"

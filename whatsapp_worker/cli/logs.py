@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from storage.errors import reason
 from whatsapp_worker import telemetry
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.terminal import emit, paint, printable, talk
+from whatsapp_worker.errors import CommandFailed
 from whatsapp_worker.keys import session_id
 from whatsapp_worker.settings import Settings
 
@@ -19,6 +21,13 @@ _COLOURS = {"ERROR": ("red",), "CRITICAL": ("red",), "WARNING": ("yellow",), "DE
 
 def logs(options: Options, settings: Settings) -> int:
     """Serve `logs [SESSION]`."""
+    try:
+        return _logs(options, settings)
+    except OSError as error:
+        raise CommandFailed(f"the log files cannot be read: {reason(error)}") from error
+
+
+def _logs(options: Options, settings: Settings) -> int:
     wanted = session_id(options.session) if options.session else None
     path = telemetry.log_file(settings.data_dir)
 

@@ -12,8 +12,14 @@ from storage.sessions import StateRecord, Wanted
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import emit, paint, talk
-from whatsapp_worker.errors import CommandFailed, CommandTimeout, UsageError, WorkerError
-from whatsapp_worker.session import State
+from whatsapp_worker.errors import (
+    CapacityReached,
+    CommandFailed,
+    CommandTimeout,
+    UsageError,
+    WorkerError,
+)
+from whatsapp_worker.session import Reason, State
 from whatsapp_worker.settings import Settings
 
 _DISCONNECT_S = 30.0  # how long the supervisor tries to log a device out before it deletes it
@@ -31,6 +37,8 @@ _STARTED = {
 }
 # Those that a start does not change.
 _LASTING = (State.CONNECTED, State.UNLINKED, State.LOGGED_OUT)
+# Why a session that is wanted to run stays stopped.
+_REFUSED = (Reason.CAPACITY, Reason.WRONG_NETWORK)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ def restart(options: Options, settings: Settings) -> int:
 
     def judge(before: StateRecord | None, now: StateRecord | None) -> bool | None:
         old = before.pid if before else None
-        return begin.judge(before, now) if now is None or now.pid != old else None
+        is_old = now is not None and old is not None and now.pid == old
+        return None if is_old else begin.judge(before, now)
 
     operation = Operation(
         "restart",
@@ -120,6 +129,8 @@ def _start(settings: Settings, *, force: bool = False) -> Operation:
         if now is None:
             return False
         state = State(now.state)
+        if state is State.STOPPED and now.reason in _REFUSED:
+            return False
         is_old = before is not None and (before.state, before.since) == (now.state, now.since)
         if is_old and state not in _LASTING:
             return None  # the dial is still to come
@@ -203,12 +214,15 @@ def _await(
         ) from None
     state = now.state if now else State.DELETED.value
     why = now.sentence if now else _epitaph(host, name)
+    is_so = operation.judge(before, now)
     if options.json:
         emit({"session": name, "state": state})
-    else:
+    elif is_so:
         print(f"{name}: {paint(state, 'bold')}" + (f". {why}" if why else ""))
-    if not operation.judge(before, now):
-        raise CommandFailed(f"{operation.verb} {name}: it is {state}. {why}".strip())
+    if not is_so:
+        is_full = now is not None and now.reason == Reason.CAPACITY
+        failed = CapacityReached if is_full else CommandFailed
+        raise failed(f"{operation.verb} {name}: it is {state}. {why}".strip())
 
 
 def _epitaph(host: Host, name: str) -> str:
