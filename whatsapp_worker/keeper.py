@@ -3,12 +3,14 @@
 A thread of the supervisor, since Redis may be slow or down. It never sends.
 """
 
+import bisect
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 
-from redis import Redis, RedisError
+from redis import Redis, RedisError, ResponseError
 from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
 
@@ -16,7 +18,7 @@ from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import outbox
-from whatsapp_worker.keys import OUTBOUND_PREFIX, session_of_queue
+from whatsapp_worker.keys import CANCEL_REQUESTS, OUTBOUND_PREFIX, session_of_queue
 from whatsapp_worker.stream import EventStream
 from whatsapp_worker.waiting import Waiting
 
@@ -61,7 +63,8 @@ class Keeper:
         self._consumed = consumed
         self._result_ttl_s = result_ttl_s
         self._timetable = timetable
-        self._untended: set[str] = set()  # sessions whose ledger cannot be used
+        self._untended: set[str] = set()  # queues and sessions that could not be tended lately
+        self._tended = ""  # the session tended last
         self._waiting = Waiting(
             redis=redis,
             stream=stream,
@@ -118,30 +121,54 @@ class Keeper:
             if error is None:
                 alive.add(_session(queue))
             elif failed < JOBS_A_SWEEP and not self._leave.is_set():
-                failed += self._fail(queue, error, JOBS_A_SWEEP - failed)
+                with self._excused(queue):
+                    failed += self._fail(queue, error, JOBS_A_SWEEP - failed)
+        self._waiting.forget_all_but(alive)
         self._tend(alive, JOBS_A_SWEEP - failed)
         return failed
 
     def _tend(self, sessions: Set[str], left: int) -> None:
-        """End what is expired or cancelled, within the sweep's measure."""
-        for session in sorted(sessions):
+        """End what is expired or cancelled, within the sweep's measure; the next goes on after
+        the session where this one stopped."""
+        names = sorted(sessions)
+        first = bisect.bisect_right(names, self._tended)
+        for session in names[first:] + names[:first]:
             if self._leave.is_set() or left <= 0:
                 break
+            self._tended = session
             try:
-                is_consumed = session in self._consumed()
-                left -= self._waiting.tend(session, is_consumed=is_consumed, limit=left)
-                self._untended.discard(session)
-            except StorageError as error:
-                if session not in self._untended:
-                    extra = {"session": session, "problem": str(error)}
-                    log.warning("queue.not_tended", extra=extra)
-                self._untended.add(session)
-                if error.transient:  # a database that is away takes its time to say so
-                    break
+                with self._excused(session):
+                    is_consumed = session in self._consumed()
+                    left -= self._waiting.tend(session, is_consumed=is_consumed, limit=left)
+            except StorageError:  # a database that is away takes its time to say so
+                break
+
+    @contextlib.contextmanager
+    def _excused(self, name: str) -> Iterator[None]:
+        """What is wrong with one queue is told once, and costs the others nothing.
+
+        Raises:
+            RedisError: Redis did not answer.
+            StorageError: A ledger did not (transient).
+        """
+        try:
+            yield
+            self._untended.discard(name)
+        except (StorageError, ResponseError) as error:
+            if name not in self._untended:
+                log.warning(
+                    "queue.not_tended",
+                    extra={"session": _session(name) or name, "problem": str(error)},
+                )
+            self._untended.add(name)
+            if isinstance(error, StorageError) and error.transient:
+                raise
 
     def answer_requests(self) -> int:
         """Cancel what CRMs asked to be cancelled. Raises as `sweep` does."""
-        return self._waiting.answer_requests()
+        with self._excused(CANCEL_REQUESTS):
+            return self._waiting.answer_requests()
+        return 0
 
     def trim(self) -> None:
         """Trim the stream and tell how full it is. Raises as `sweep` does."""

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -27,7 +27,7 @@ from storage.sessions import Sessions
 from whatsapp_worker import cancelling
 from whatsapp_worker.errors import UsageError
 from whatsapp_worker.event_names import Status
-from whatsapp_worker.keys import CANCEL_REQUESTS, session_id
+from whatsapp_worker.keys import CANCEL_REQUESTS, session_id, session_of_queue
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.rq_job import Job
 from whatsapp_worker.stream import EventStream
@@ -149,6 +149,13 @@ class Waiting:
             )
         log.info("queue.ended", extra={"session": outbox.session, "jobs": len(ended), "as": status})
         return len(ended)
+
+    def forget_all_but(self, sessions: Set[str]) -> None:
+        """Forget what was read of the queues of all others: they are empty, or gone."""
+        for queue in list(self._watches):
+            found = session_of_queue(queue)
+            if found is None or found[0] not in sessions:
+                del self._watches[queue]
 
     def answer_requests(self) -> int:
         """Cancel what CRMs asked for; how many requests that were.

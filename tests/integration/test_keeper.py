@@ -12,6 +12,7 @@ from support import RedisServer, eventually
 
 from storage.ledger import Ledger
 from storage.sessions import Sessions
+from whatsapp_worker import keeper as keeper_module
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.stream import EventStream
 
@@ -93,6 +94,53 @@ def test_a_record_that_cannot_be_read_costs_no_job(redis: Redis, sessions: Sessi
     job = enqueue(redis, "known")
     assert keeper_of(redis, sessions).sweep() == 0
     assert ended(redis, job) == ("queued", None)
+
+
+def test_a_queue_that_is_no_list_costs_the_others_nothing(
+    redis: Redis, sessions: Sessions, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("known", "aaa-unknown"):
+        enqueue(redis, name)
+        redis.delete(f"rq:queue:wa:out:{name}")
+        redis.set(f"rq:queue:wa:out:{name}", "nonsense")
+    sessions.create("other", network="sandbox", now=1.0)
+    late = enqueue(redis, "other")
+    late.cancel()
+    unknown = enqueue(redis, "zzz-unknown")
+    redis.set("wa:cancel", "nonsense")
+    keeper = keeper_of(redis, sessions)
+    for _ in range(3):
+        keeper.answer_requests()
+        keeper.sweep()
+    assert ended(redis, unknown) == ("failed", "unknown session")
+    assert ended(redis, late)[1] == "it was cancelled"
+    told = [record.message for record in caplog.records]
+    assert told.count("queue.not_tended") == 3, "once each"
+
+
+def test_a_long_queue_does_not_keep_the_keeper_from_the_others(
+    redis: Redis, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "JOBS_A_SWEEP", 10)
+    sessions.create("other", network="sandbox", now=1.0)
+    for number in range(100):
+        enqueue(redis, "known", f"m{number}")
+    late = enqueue(redis, "other")
+    late.cancel()
+    keeper = keeper_of(redis, sessions)
+    keeper.sweep()
+    keeper.sweep()
+    assert ended(redis, late)[1] == "it was cancelled"
+
+
+def test_what_was_read_of_a_queue_is_forgotten_with_it(redis: Redis, sessions: Sessions) -> None:
+    enqueue(redis, "known")
+    keeper = keeper_of(redis, sessions)
+    keeper.sweep()
+    assert keeper._waiting._watches
+    redis.delete("rq:queue:wa:out:known")
+    keeper.sweep()
+    assert not keeper._waiting._watches
 
 
 def test_many_jobs_end_in_bounded_batches(redis: Redis, keeper: Keeper) -> None:
