@@ -98,6 +98,19 @@ def test_a_message_goes_to_the_number_that_whatsapp_knows_and_wa_id_tells_it(wor
     eventually(lambda: world.status_of("brazil", "b4") == "delivered", what="its receipt")
 
 
+def test_a_rate_limit_of_the_questions_before_a_message_pauses_as_well(world: World) -> None:
+    phone = world.link("curious")
+    pid = world.state("curious")["pid"]
+    world.control.query_fault(phone, code=429)
+    job = world.enqueue("curious", "5521977776666", "who is there?", "q1")
+    queue = eventually(lambda: paused(world, "curious"), what="WhatsApp's wish is obeyed")
+    assert "WhatsApp asked this number to pause" in queue["reason"]
+    assert queue["until"] > time.time() + 30
+    assert (job.get_status(), world.state("curious")["pid"]) == ("queued", pid)
+    assert len([row for row in world.control.lookups() if row["from"] == phone]) == 1
+    assert world.control.messages(sender=phone, refused=True) == []
+
+
 def test_while_a_number_is_banned_its_messages_wait_and_go_out_when_the_ban_ends(
     world: World,
 ) -> None:

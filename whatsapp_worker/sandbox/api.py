@@ -19,6 +19,7 @@ from whatsapp_worker.sandbox.faults import (
     MAX_RULES,
     Failure,
     How,
+    QueryFault,
     Rule,
     SendFault,
 )
@@ -140,6 +141,7 @@ class Api:
             ("POST", "/stream-error"): self.stream_error,
             ("POST", "/connect-failure"): self.connect_failure,
             ("POST", "/send-fault"): self.send_fault,
+            ("POST", "/query-fault"): self.query_fault,
             ("POST", "/remove-fault"): self.remove_fault,
             ("POST", "/unknown-number"): self.add_unknown,
             ("DELETE", "/unknown-number"): self.remove_unknown,
@@ -253,6 +255,12 @@ class Api:
         rule.until, rule.left = _limits(fields, count=1)
         fields.end()
         return self._add(self._network.faults.sends, rule)
+
+    def query_fault(self, fields: Fields) -> Any:
+        phone, code = fields.phone_or_none(), fields.number("code", 429, low=1)
+        rule = QueryFault(phone, *_limits(fields, count=1), code=int(code or 429))
+        fields.end()
+        return self._add(self._network.faults.queries, rule)
 
     def remove_fault(self, fields: Fields) -> Any:
         fields.end()

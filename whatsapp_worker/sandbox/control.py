@@ -276,8 +276,24 @@ class Control:
         fields = {"code": code, "delay_s": delay_s, "count": count, "seconds": seconds}
         self._call("POST", "/send-fault", how=how, phone=phone, to=to, after=after, **fields)
 
+    def query_fault(
+        self,
+        phone: str | None = None,
+        *,
+        code: int | None = None,
+        count: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Refuse a client's next question about a number, or so many, or those of so many seconds.
+
+        Args:
+            phone: Who asks.
+            code: 429 without it.
+        """
+        self._call("POST", "/query-fault", phone=phone, code=code, count=count, seconds=seconds)
+
     def remove_fault(self) -> None:
-        """Remove every fault: refusals, stalls, failures, send faults, short QR lists."""
+        """Remove every fault: refusals, stalls, failures, send and query faults, short QR lists."""
         self._call("POST", "/remove-fault")
 
     def unknown_number(self, phone: str) -> None:

@@ -58,6 +58,13 @@ class Failure(Rule):
 
 
 @dataclass
+class QueryFault(Rule):
+    """Refuse a question about a number: who is behind it, which devices it has."""
+
+    code: int = 429
+
+
+@dataclass
 class SendFault(Rule):
     """Treat messages badly: the first `after` that match pass, then `left` are hit."""
 
@@ -75,11 +82,12 @@ class Faults:
     refusals: list[Rule] = field(default_factory=list)
     stalls: list[Rule] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    queries: list[QueryFault] = field(default_factory=list)
     sends: list[SendFault] = field(default_factory=list)
 
     def clear(self) -> None:
         """Remove them all."""
-        for rules in (self.refusals, self.stalls, self.failures, self.sends):
+        for rules in (self.refusals, self.stalls, self.failures, self.queries, self.sends):
             rules.clear()
 
     def refuses(self, phone: str | None, now: float) -> bool:
@@ -97,6 +105,11 @@ class Faults:
     def failure(self, phone: str, now: float) -> Failure | None:
         """The failure to answer this login with."""
         rule = _first(self.failures, phone, now)
+        return rule if rule is not None and _use(rule) else None
+
+    def query(self, phone: str, now: float) -> QueryFault | None:
+        """The fault that hits this question."""
+        rule = _first(self.queries, phone, now)
         return rule if rule is not None and _use(rule) else None
 
     def send(self, phone: str, to: str, now: float) -> SendFault | None:

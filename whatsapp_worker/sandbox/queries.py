@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,11 +46,16 @@ class Queries:
         """The stanza to answer with; None for what is itself an answer."""
         if node.text("type") not in ("get", "set"):
             return None
-        answer = self._answers.get(node.text("xmlns"))
+        xmlns = node.text("xmlns")
+        answer = self._answers.get(xmlns)
         if answer is None:
-            log.debug("sandbox.query_unknown", extra={"xmlns": node.text("xmlns"), "asked": node})
+            log.debug("sandbox.query_unknown", extra={"xmlns": xmlns, "asked": node})
         children = answer(device, node) if answer else []
-        return _not_found(node) if children is None else result(node, children)
+        if xmlns == "usync":
+            fault = self._network.faults.query(device.phone, time.monotonic())
+            if fault is not None:
+                return _refusal(node, fault.code, "refused")
+        return _refusal(node, 404, "item-not-found") if children is None else result(node, children)
 
     def _encrypt(self, device: Device, node: Node) -> Answer:
         if node.text("type") == "set":
@@ -143,9 +149,9 @@ def result(asked: Node, children: Answer) -> Node:
     return Node("iq", attrs, children)
 
 
-def _not_found(asked: Node) -> Node:
+def _refusal(asked: Node, code: int, text: str) -> Node:
     attrs: Attrs = {"type": "error", "id": asked.text("id"), "from": asked.jid("to") or SERVER}
-    return Node("iq", attrs, [Node("error", {"code": "404", "text": "item-not-found"})])
+    return Node("iq", attrs, [Node("error", {"code": str(code), "text": text})])
 
 
 def _prekey(node: Node) -> PreKey:
