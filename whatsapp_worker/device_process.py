@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from redis import Redis, RedisError
@@ -39,9 +39,9 @@ from whatsapp_worker.child import Departure, Leash
 from whatsapp_worker.consumer import Consumer
 from whatsapp_worker.consumer import Ending as Consumed
 from whatsapp_worker.device import Device, SendAck, SendFailed, redacted
-from whatsapp_worker.device_store import DeviceStoreBroken
+from whatsapp_worker.device_store import DeviceStoreBroken, DeviceStoreUnavailable
 from whatsapp_worker.endings import Ending, EndingKind, of_fact, refused
-from whatsapp_worker.errors import RedisUnavailable, SandboxUnsafe
+from whatsapp_worker.errors import SandboxUnsafe, WorkerError
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.keys import number_hash
 from whatsapp_worker.liveness import Liveness, client_ports, footprint
@@ -146,12 +146,14 @@ class DeviceProcess:
 
     def _open(self) -> bool:
         """Everything but the connection; False when it is time to leave instead."""
-        who = device_store.identity(self._database)
+        who = self._insist(functools.partial(device_store.identity, self._database))
+        if self._departure.is_due.is_set():
+            return False
         if who is None:
             self._leave(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT, "no credentials"))
             return False
         self._identity = who
-        self._claim_queue(who.phone)
+        self._insist(functools.partial(self._claim_queue, who.phone))
         ledger = self._insist(self._open_ledger)
         url = self._insist(functools.partial(redis_server.resolve_url, self._settings))
         if ledger is None or url is None:
@@ -242,7 +244,9 @@ class DeviceProcess:
         while not self._departure.is_due.is_set():
             try:
                 return get()
-            except (LedgerUnavailable, RedisUnavailable, RedisError) as error:
+            except (StorageError, WorkerError, RedisError) as error:
+                if not isinstance(error, RedisError) and not error.transient:
+                    raise
                 log.warning(
                     "device_process.waiting",
                     extra={"session": self._session, "problem": redacted(str(error))},
@@ -257,11 +261,18 @@ class DeviceProcess:
         device = number_hash(self._sessions.install_key(), self._identity.jid)
         handed_over: recovery.HandedOver = recovery.nobody_can_tell
         if hold.device() in (None, device):
-            handed_over = functools.partial(device_store.handed_over, self._database)
+            handed_over = self._handed_over
         is_done = self._consumer.recover(handed_over)
         if is_done:
-            hold.device_is(device)
-        return is_done
+            self._insist(functools.partial(hold.device_is, device))
+        return is_done and not self._departure.is_due.is_set()
+
+    def _handed_over(self, secrets: Iterable[bytes]) -> Mapping[bytes, str]:
+        """A disk that takes nothing is waited for as the ledger's is."""
+        try:
+            return device_store.handed_over(self._database, secrets)
+        except DeviceStoreUnavailable as error:
+            raise LedgerUnavailable(str(error)) from error
 
     def _connect(self) -> bool:
         """Dial and log in; False when it is time to leave instead."""

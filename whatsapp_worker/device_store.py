@@ -15,10 +15,20 @@ from whatsapp_worker.facts import Identity
 
 _BATCH = 500  # secrets looked up in one query; SQLite takes at most 32,766 parameters
 _SIDE_FILES = ("-journal", "-wal", "-shm")
+_PASSING = (
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM),
+)
 
 
 class DeviceStoreBroken(WorkerError):
     """The credentials file cannot be read; linking again makes a new one."""
+
+
+class DeviceStoreUnavailable(DeviceStoreBroken):
+    """Not now: the disk is full, or another process holds it. The credentials may be well."""
+
+    transient = True
 
 
 def identity(path: Path) -> Identity | None:
@@ -26,6 +36,7 @@ def identity(path: Path) -> Identity | None:
 
     Raises:
         DeviceStoreBroken: It is not a device database, or damaged.
+        DeviceStoreUnavailable: Not now (transient).
     """
     if not path.exists():
         return None
@@ -46,6 +57,7 @@ def handed_over(path: Path, secrets: Iterable[bytes]) -> dict[bytes, str]:
 
     Raises:
         DeviceStoreBroken: It is not a device database, or damaged.
+        DeviceStoreUnavailable: Not now (transient).
     """
     wanted = list(secrets)
     if not wanted or not path.exists():
@@ -118,7 +130,9 @@ def _open(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as database:
             yield database
     except sqlite3.Error as error:
-        raise DeviceStoreBroken(f"{path.name}: {error}") from error
+        code = (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
+        kind = DeviceStoreUnavailable if code in _PASSING else DeviceStoreBroken
+        raise kind(f"{path.name}: {error}") from error
 
 
 def _has_table(database: sqlite3.Connection, name: str) -> bool:

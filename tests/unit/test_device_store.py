@@ -57,6 +57,32 @@ def test_a_file_that_is_no_database_is_broken(tmp_path):
     assert device_store.check(tmp_path / "device.db")
 
 
+ON_A_FULL_DISK = """
+import pathlib, resource, sys
+from whatsapp_worker import device_store
+path = pathlib.Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for look in (device_store.identity, lambda path: device_store.handed_over(path, [b"x"])):
+    try:
+        look(path)
+    except device_store.DeviceStoreUnavailable:
+        continue
+    sys.exit("read, or called damaged")
+"""
+
+
+def test_on_a_full_disk_it_is_not_called_damaged(tmp_path):
+    """SQLite then cannot make the file in which readers of a log take turns."""
+    path = make(tmp_path / "device.db")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK, str(path)], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert device_store.identity(path).jid == JID
+
+
 def test_only_secrets_that_were_handed_over_are_found(tmp_path):
     secrets = [bytes([number % 256, number // 256]) * 16 for number in range(1200)]
     path = make(tmp_path / "device.db", secrets=secrets[:1100])
