@@ -120,9 +120,13 @@ def _settled_among(jobs: Iterable[Job], ledger: Ledger) -> Iterable[Finished]:
         row = ledger.find(job.message_id) if job.message_id else None
         if row is None or row.job_id != job.id or row.status == Status.SENDING:
             continue
-        is_released = row.status == Status.FAILED and row.error in RELEASED
-        if not is_released and not may_resend(job, row, ledger):
+        if not is_released(row) and not may_resend(job, row, ledger):
             yield Finished(job, outcome(row), row.attempt)
+
+
+def is_released(row: Row) -> bool:
+    """Whether a failed row stands for an attempt only: its job waits, and it is sent again."""
+    return row.status == Status.FAILED and row.error in RELEASED
 
 
 def may_resend(job: Job, row: Row | None, ledger: Ledger) -> bool:

@@ -1,6 +1,7 @@
 """How messages leave on the real path: who goes first, to which number, and when WhatsApp wants
 less of them or none at all. Counted at the sandbox."""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -109,6 +110,14 @@ def test_a_rate_limit_of_the_questions_before_a_message_pauses_as_well(world: Wo
     assert (job.get_status(), world.state("curious")["pid"]) == ("queued", pid)
     assert len([row for row in world.control.lookups() if row["from"] == phone]) == 1
     assert world.control.messages(sender=phone, refused=True) == []
+    assert listed(world, "curious", "failed") == [], "it is sent again"
+    assert listed(world, "curious", "queued") == listed(world, "curious") == ["q1"]
+
+
+def listed(world: World, session: str, *status: str) -> list[str]:
+    words = [word for one in status for word in ("--status", one)]
+    lines = world.run("messages", "list", session, *words, "--json").stdout.splitlines()
+    return [json.loads(line)["message_id"] for line in lines]
 
 
 def test_while_a_number_is_banned_its_messages_wait_and_go_out_when_the_ban_ends(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from storage.ledger import Ledger, Row, Settlement
+from whatsapp_worker import recovery
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import columns, emit, moment, paint, printable
@@ -24,6 +25,7 @@ _COLOURS = {
     Status.DELIVERED: "green",
     Status.READ: "green",
     Status.PLAYED: "green",
+    Status.QUEUED: "yellow",
     Status.SENDING: "yellow",
     Status.UNKNOWN: "yellow",
 }
@@ -35,7 +37,7 @@ def list_messages(options: Options, settings: Settings) -> int:
     if options.status and options.status not in set(Status):
         raise UsageError(f"--status: one of {', '.join(Status)}, not {options.status}")
     with open_ledger(Host(settings), options.session) as ledger:
-        rows = ledger.recent(options.limit, status=options.status) if ledger else []
+        rows = _recent(ledger, options) if ledger else []
     if options.json:
         for row in rows:
             emit(facts(row))
@@ -43,7 +45,7 @@ def list_messages(options: Options, settings: Settings) -> int:
     shown = [
         [
             printable(row.message_id),
-            paint(row.status, _COLOURS.get(Status(row.status), "red")),
+            paint(_status(row), _COLOURS.get(_status(row), "red")),
             moment(row.claimed_at),
             printable(row.wa_message_id or "-"),
             printable(row.error or ""),
@@ -53,6 +55,20 @@ def list_messages(options: Options, settings: Settings) -> int:
     head = ["MESSAGE", "STATUS", "CLAIMED", "WHATSAPP ID", "ERROR"]
     print("\n".join(columns(shown, head=head)) if shown else "No message.")
     return 0
+
+
+def _recent(ledger: Ledger, options: Options) -> list[Row]:
+    """The newest messages, of one status where one is asked for."""
+    if not options.status:
+        return ledger.recent(options.limit)
+    kept_as = Status.FAILED if options.status == Status.QUEUED else options.status
+    rows = ledger.recent(options.limit, status=kept_as)
+    return [row for row in rows if _status(row) == options.status]
+
+
+def _status(row: Row) -> Status:
+    """What became of a message: an attempt that failed is not its end where it is sent again."""
+    return Status.QUEUED if recovery.is_released(row) else Status(row.status)
 
 
 def show_message(options: Options, settings: Settings) -> int:
@@ -98,7 +114,6 @@ def cancel_message(options: Options, settings: Settings) -> int:
 def resolve_message(options: Options, settings: Settings) -> int:
     """Serve `messages resolve SESSION MESSAGE_ID sent|failed`: an operator looked at the phone."""
     from whatsapp_worker import outbox
-    from whatsapp_worker.recovery import finished
 
     host = Host(settings)
     status, now = Status(options.status), time.time()
@@ -112,7 +127,7 @@ def resolve_message(options: Options, settings: Settings) -> int:
             )
         error = "an operator found that it was not sent" if status == Status.FAILED else None
         row = ledger.resolve(Settlement(options.message, status, error=error, at=now)) or row
-        item = finished(row)
+        item = recovery.finished(row)
         outbox.amend(redis, options.session, item, stream=stream)
     _tell(options, item.outcome)
     return 0
@@ -146,6 +161,7 @@ def facts(row: Row) -> dict[str, Any]:
     """One message for programs; times are UTC seconds."""
     hidden = ("secret", "content_hash", "recipient_hash")
     found = {name: value for name, value in row._asdict().items() if name not in hidden}
+    found["status"] = _status(row).value
     return {**found, "metadata": json.loads(row.metadata) if row.metadata else None}
 
 
