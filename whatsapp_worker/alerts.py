@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,18 @@ class Alerts:
     def _run(self) -> None:
         self._memory = self._recall()
         while self._carry_out(self._patience_s()):
-            for alert in self._memory.due(self._clock()):
-                self._tell(alert)
+            with self._contained():
+                for alert in self._memory.due(self._clock()):
+                    self._tell(alert)
             self._remember()
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """A bug that one alert meets must not silence the others."""
+        try:
+            yield
+        except Exception:
+            log.exception("alert.failed_here")
 
     def _carry_out(self, patience_s: float | None = 0.0) -> bool:
         """Carry out what was ordered, waiting so long for the first; False when it is to end."""
@@ -119,7 +128,8 @@ class Alerts:
             for _ in range(_WAITING_MAX):
                 if order is None:
                     return False
-                order()
+                with self._contained():
+                    order()
                 order = self._orders.get_nowait()
         return True
 
@@ -146,10 +156,8 @@ class Alerts:
         self._sent[event["event_id"]] = alert
         while len(self._sent) > _SENT_MAX:
             self._sent.popitem(last=False)
-        try:
+        with self._contained():
             self._client.capture_event(event)
-        except Exception:  # the SDK must never end the thread
-            log.exception("alert.not_sent")
 
     def _on_lost(self, event_id: str) -> None:
         """Sentry did not take an event; called on any thread."""
@@ -175,7 +183,7 @@ class Alerts:
         try:
             self._document.write(fields)
             self._saved = copy.deepcopy(fields)
-        except StorageError as error:
+        except (StorageError, TypeError, ValueError) as error:  # or one that is no JSON
             log.warning("alerts.memory_not_saved", extra={"problem": str(error)})
 
 

@@ -91,9 +91,10 @@ def test_a_flapping_breaker_and_a_shared_outage_are_one_event_each(ingest, make)
     ]
 
 
-def test_a_restarted_supervisor_does_not_repeat_itself(ingest, make):
+def test_a_restarted_supervisor_does_not_repeat_itself(ingest, make, tmp_path):
     make(ingest.dsn).raise_alert(opened())
     ingest.await_events(1)
+    eventually((tmp_path / "alerts.json").exists)
     again = make(ingest.dsn)
     again.raise_alert(opened())
     again.raise_alert(opened(session="help"))
@@ -224,6 +225,16 @@ def test_a_memory_that_cannot_be_read_or_written_does_not_silence_alerts(ingest,
     make(ingest.dsn).raise_alert(opened())
     make(ingest.dsn, memory=tmp_path / "absent" / "alerts.json").raise_alert(opened())
     ingest.await_events(2)
+
+
+def test_an_alert_that_cannot_be_remembered_does_not_silence_those_after_it(ingest, make):
+    alerts = make(ingest.dsn)
+    for _ in range(2):  # the second waits, and what waits is remembered
+        alerts.raise_alert(opened(failures=[{"at": object()}]))
+    ingest.await_events(1)
+    alerts.raise_alert(opened(session="support"))
+    ingest.await_events(2)
+    assert alerts.close()
 
 
 def test_without_a_dsn_alerts_are_log_lines(make, caplog):
