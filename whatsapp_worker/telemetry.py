@@ -136,7 +136,8 @@ class SharedFileHandler(logging.handlers.WatchedFileHandler):
     def _rotate(self) -> None:
         path = Path(self.baseFilename)
         with (path.parent / ".rotation").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Not waiting: whoever rotates may be stopped meanwhile, and nobody must hang on it.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another process may have been first: then the file is a new one by now.
             if path.stat().st_size < self._limit:
                 return

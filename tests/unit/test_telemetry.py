@@ -1,12 +1,16 @@
 """Log lines: one event, its facts, one line."""
 
+import fcntl
 import json
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from whatsapp_worker import telemetry
+from whatsapp_worker.settings import Settings
 from whatsapp_worker.telemetry import EventFormatter, JsonFormatter, render
 
 
@@ -54,6 +58,23 @@ def test_many_processes_share_one_file_and_rotate_it(tmp_path):
     assert len(files) > 5 and len(lines) == 1500
     assert {(line["session"], line["n"]) for line in lines} == expected
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
+def test_a_process_that_is_stopped_while_it_rotates_holds_up_nobody(tmp_path):
+    settings = Settings(data_dir=tmp_path, log_file_mib=1)
+    path = telemetry.log_file(tmp_path)
+    handler = telemetry.SharedFileHandler(path, settings)
+    path.write_bytes(b"x" * 1_048_576)
+    with (path.parent / ".rotation").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=handler.emit, args=[record()], daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+    handler.emit(record())
+    assert path.with_name("worker.jsonl.1").exists()
+    assert path.with_name("worker.jsonl.1").read_bytes().count(b"session.connected") == 2
+    handler.close()
 
 
 def test_json_lines_carry_the_same_facts():
