@@ -139,7 +139,7 @@ def import_session(
         session = session_id(name or manifest["session"])
         _check_credentials(folder)
         messages = _take_ledger(folder, session, str(manifest["session"]), open_ledger)
-        wanted, state = _records(manifest, now)
+        wanted, state = _records(session, manifest, now)
         (folder / "manifest.json").unlink()
         sessions.adopt(session, folder, wanted, state)
     finally:
@@ -240,7 +240,7 @@ def _take_ledger(
     return copied
 
 
-def _records(manifest: dict[str, Any], now: float) -> tuple[Wanted, StateRecord]:
+def _records(session: str, manifest: dict[str, Any], now: float) -> tuple[Wanted, StateRecord]:
     wanted = Wanted(
         generation=1,
         network=manifest["network"],
@@ -255,7 +255,7 @@ def _records(manifest: dict[str, Any], now: float) -> tuple[Wanted, StateRecord]
         state=State.STOPPED,
         since=now,
         reason=Reason.OPERATOR,
-        sentence=sentence(Reason.OPERATOR, str(manifest["session"])),
+        sentence=sentence(Reason.OPERATOR, session),
         **{**kept, "touched_at": now},
     )
     return wanted, state

@@ -209,6 +209,8 @@ def test_an_id_in_use_is_refused_and_another_name_works(
     with pytest.raises(RecordExists):
         taken(there, target)
     assert taken(there, target, name="support").session == "support"
+    state = there.state("support")
+    assert state is not None and state.sentence.endswith("whatsapp-worker start support")
     ledger = sqlite_ledger(there)("support")
     assert ledger.counts() == {"failed": 599, "sending": 1}
     ledger.close()
