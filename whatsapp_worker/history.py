@@ -38,7 +38,7 @@ class History:
         """The events, oldest first."""
         events = []
         for line in self._read_lines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):
                 event = json.loads(line)
                 if isinstance(event, dict) and now - float(event.get("at", 0)) <= KEPT_S:
                     events.append(event)

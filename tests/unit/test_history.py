@@ -24,7 +24,7 @@ def test_events_older_than_four_hours_are_dropped(tmp_path: Path) -> None:
 def test_torn_lines_are_skipped_and_a_new_process_counts_on(tmp_path: Path) -> None:
     History(tmp_path, limit=10).add({"event": "first"}, now=1.0)
     path = tmp_path / "history.jsonl"
-    path.write_bytes(path.read_bytes() + b'{"event": "to\xff\n[1]\n')
+    path.write_bytes(path.read_bytes() + b'{"event": "to\xff\n[1]\n{"at":null}\n')
     again = History(tmp_path, limit=10)
     again.add({"event": "second"}, now=2.0)
     assert [event["event"] for event in again.read(now=3.0)] == ["first", "second"]
