@@ -349,7 +349,8 @@ class DeviceProcess:
     def _obey(self, order: dict[str, Any]) -> None:
         match order.get("order"):
             case "stop":
-                self._stop(float(order.get("drain_s") or DRAIN_S))
+                drain_s = order.get("drain_s")
+                self._stop(DRAIN_S if drain_s is None else float(drain_s))
             case "logout":
                 self._is_logout_wanted = True
                 if self._logged_in.is_set():
@@ -409,7 +410,12 @@ class DeviceProcess:
         if now >= self._beat_due_at:
             self._beat_due_at = now + self._beat_every_s
             self._channel.send(report="heartbeat", **self._heartbeat(now))
+            self._rest()
         return min(left_s, self._beat_due_at - now)
+
+    def _rest(self) -> None:
+        if self._logged_in.is_set() and self._device and self._consumer and self._consumer.is_idle:
+            self._device.rest()
 
     def _force(self) -> NoReturn:
         """Time is up: whatever hangs is left to the next process's recovery."""

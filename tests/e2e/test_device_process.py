@@ -379,7 +379,8 @@ def test_an_order_to_stop_is_obeyed_at_once_when_idle(bench):
     assert time.monotonic() - asked < 2
 
 
-def test_a_send_that_outlasts_its_time_is_left_to_the_next_process(bench):
+@pytest.mark.parametrize("drain_s", [0.5, 0])
+def test_a_send_that_outlasts_its_time_is_left_to_the_next_process(bench, drain_s):
     session = unique("late")
     phone = bench.link(session)
     bench.control.send_fault("no_ack", phone, count=1)
@@ -387,7 +388,7 @@ def test_a_send_that_outlasts_its_time_is_left_to_the_next_process(bench):
     job = bench.world.enqueue(session, "5511911119999", "no answer", "m1")
     eventually(lambda: _messages(bench, "no answer"))
     asked = time.monotonic()
-    device.order("stop", drain_s=0.5)
+    device.order("stop", drain_s=drain_s)
     ending, code = device.ended()
     assert (ending.kind, code) == (EndingKind.STOPPED, Exit.NOT_DRAINED)
     assert time.monotonic() - asked < 3.5
