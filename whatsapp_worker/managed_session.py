@@ -150,6 +150,7 @@ class ManagedSession:
             record=record,
             touched_at=wanted.touched_at,
             history=History(self._folder, limit=host.settings.history_events),
+            max_sessions=host.settings.max_sessions,
             tell=host.told,
             wall=host.wall,
         )

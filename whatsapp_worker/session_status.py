@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from whatsapp_worker.session import Reason, State, Trigger, state_sentence, step
 
 log = logging.getLogger(__name__)
 
-SAVE_EVERY_S = 5.0  # for what changes all the time
+SAVE_EVERY_S = 5.0  # for what changes all the time, or longer where the disk is slow
+SAVE_RARELY_S = 120.0
+SAVING_SHARE = 0.1  # of the supervisor's time, at most, for what changes all the time
 # Facts that change all the time and are not worth a write each.
 _FLEETING = ("proof_of_life_at", "rss_mib", "queue", "touched_at")
 
@@ -29,6 +32,7 @@ class SessionStatus:
         record: StateRecord | None,
         touched_at: float,
         history: History,
+        max_sessions: int,
         tell: Callable[[Event, str, Mapping[str, Any]], None],
         wall: Callable[[], float],
     ) -> None:
@@ -36,12 +40,14 @@ class SessionStatus:
         Args:
             record: What lies on disk; None for a session that has none yet.
             touched_at: For a new record.
+            max_sessions: MAX_SESSIONS, which share the disk and the supervisor's loop.
             tell: Puts an event on the stream, sooner or later.
             wall: UTC seconds.
         """
         self._id = id
         self._sessions = sessions
         self._history = history
+        self._max_sessions = max_sessions
         self._tell = tell
         self._wall = wall
         self._saved = record
@@ -126,6 +132,7 @@ class SessionStatus:
             return
         if now < self._save_at and self._saved and _lasting(self.record) == _lasting(self._saved):
             return
+        began = time.monotonic()
         try:
             self._sessions.put_state(self._id, self.record)
         except RecordMissing:
@@ -134,7 +141,9 @@ class SessionStatus:
             self._retry_save_at = now + SAVE_EVERY_S
             log.error("session.not_saved", extra={"session": self._id, "problem": str(error)})
             return
-        self._saved, self._save_at = self.record, now + SAVE_EVERY_S
+        fair_s = (time.monotonic() - began) * self._max_sessions / SAVING_SHARE
+        self._saved = self.record
+        self._save_at = now + min(max(SAVE_EVERY_S, fair_s), SAVE_RARELY_S)
 
 
 def _lasting(record: StateRecord) -> StateRecord:

@@ -5,6 +5,7 @@ import resource
 import socket
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -735,6 +736,27 @@ def test_what_changes_all_the_time_is_written_at_most_every_few_seconds(play: Pl
     play.tick(5)
     assert path.stat().st_ino != written
     assert play.saved.rss_mib == 53
+
+
+def test_a_slow_disk_is_written_to_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = Play(FakeHost(tmp_path, max_sessions=100))
+    play.start()
+    write, written_at = Sessions.put_state, []
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.03)
+        written_at.append(play.host.now)
+        write(*args)
+
+    monkeypatch.setattr(Sessions, "put_state", slowly)
+    for second in range(100):
+        play.say("heartbeat", rss_mib=second, proof_of_life_age_s=0)
+        play.tick(1)
+    assert 2 <= len(written_at) <= 4, "each takes 30 ms, and a hundred sessions may do so"
+    play.exit(LOST)
+    assert play.saved.state == "reconnecting", "a state is written at once"
 
 
 def test_a_supervisor_that_leaves_calls_nothing_connected(play: Play) -> None:
