@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from whatsapp_worker.compose import PREPARED, compose, vcard
 from whatsapp_worker.sandbox import protobufs
 
@@ -44,6 +46,20 @@ def test_a_document_with_a_caption_is_wrapped_and_one_without_is_not() -> None:
     wrapped = made({"type": "document", "document": given, PREPARED: fields})
     inner = wrapped.documentWithCaptionMessage.message.documentMessage
     assert (inner.mimetype, inner.caption) == ("application/pdf", "c")
+
+
+def test_a_place_has_its_name_and_address_where_it_has_any() -> None:
+    place = {"latitude": -23.5, "longitude": -46.25, "name": "Sé"}
+    made_of = made({"type": "location", "location": place}).locationMessage
+    assert (made_of.degreesLatitude, made_of.degreesLongitude) == (-23.5, -46.25)
+    assert made_of.name == "Sé" and not made_of.HasField("address")
+
+
+@pytest.mark.parametrize("digits", [6, 7, 15, 16])
+def test_a_phone_of_a_card_can_be_written_to_where_it_is_a_number(digits: int) -> None:
+    phone = "1" * digits
+    card = vcard({"name": {"formatted_name": "x"}, "phones": [{"phone": phone}]})
+    assert (f"waid={phone}:{phone}" in card) == (7 <= digits <= 15)
 
 
 def test_what_was_prepared_is_not_needed_again() -> None:

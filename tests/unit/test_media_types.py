@@ -1,6 +1,7 @@
 """Files known by their bytes, pages read for previews: whatever strangers put into them."""
 
 import io
+import struct
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,38 @@ def test_films_and_voice_notes_say_how_long_they_play() -> None:
         assert media_types.opus_seconds(io.BytesIO(voice), len(voice)) == seconds
     assert media_types.mp4_seconds(io.BytesIO(PDF), len(PDF)) is None
     assert media_types.opus_seconds(io.BytesIO(PDF), len(PDF)) is None
+
+
+def box(name: bytes, content: bytes, *, is_long: bool = False) -> bytes:
+    """Of an MP4; the long form has its length in 64 bits."""
+    if is_long:
+        return struct.pack(">I4sQ", 1, name, 16 + len(content)) + content
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_film_is_measured_whatever_the_width_of_its_numbers(is_long: bool) -> None:
+    header = struct.pack(">B3xQQIQ", 1, 7, 8, 1000, 90_500) + bytes(80)  # version 1
+    moov = box(b"moov", box(b"udta", b"x") + box(b"mvhd", header, is_long=is_long))
+    film = box(b"ftyp", b"isom") + box(b"mdat", bytes(1000), is_long=is_long) + moov
+    assert media_types.mp4_seconds(io.BytesIO(film), len(film)) == 90
+    assert media_types.mp4_seconds(io.BytesIO(film[:-100]), len(film)) is None
+
+
+def test_what_an_opus_file_skips_at_its_start_is_not_played() -> None:
+    voice = bytearray(ogg(2))
+    struct.pack_into(
+        "<H", voice, voice.find(b"OpusHead") + 10, 313
+    )  # one more than its end allows for
+    assert media_types.opus_seconds(io.BytesIO(voice), len(voice)) == 1
+
+
+@pytest.mark.parametrize(("flags", "is_animated"), [(0x02, True), (0x12, True), (0x10, False)])
+def test_an_animated_sticker_is_known_by_its_flags(flags: int, is_animated: bool) -> None:
+    head = b"RIFF\0\0\0\0WEBPVP8X\n\0\0\0" + bytes([flags])
+    assert media_types.is_animated(head) is is_animated
+    assert not media_types.is_animated(head[:-1])
+    assert not media_types.is_animated(head.replace(b"VP8X", b"VP8L"))
 
 
 _DAMAGED = st.sampled_from([*FILES.values(), mp4(9, b"qt  ")]).flatmap(

@@ -98,8 +98,14 @@ def test_a_wrong_job_is_refused_with_the_name_of_the_field(
     assert "5511999990001" not in str(caught.value)
 
 
-def test_the_longest_text_is_accepted() -> None:
+def test_what_is_as_long_or_as_short_as_it_may_be_is_accepted() -> None:
     assert validate(job(message=text(text={"body": "x" * 65_536})))
+    assert validate(job(message_id="x")) and validate(job(message_id="x" * 200))
+    longest = {"x": "y" * (4096 - len('{"x": ""}'))}
+    assert validate(job(metadata=longest))
+    with pytest.raises(InvalidMessage, match="4096"):
+        validate(job(metadata={"x": longest["x"] + "y"}))
+    assert validate(job(expires_at=0.5, ttl_s=0.5, send_at=0.5)).send_at == 0.5
 
 
 def test_the_same_message_written_in_two_ways_has_one_hash_and_another_has_another() -> None:
