@@ -10,7 +10,7 @@ from storage.ledger import Claim, Ledger, Settlement
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import number_hash
 from whatsapp_worker.outbox import Finished, Outbox
-from whatsapp_worker.recovery import outcome
+from whatsapp_worker.recovery import first_outcome, outcome
 from whatsapp_worker.rq_job import Job, Outcome
 
 CANCELLED = "it was cancelled"
@@ -75,6 +75,8 @@ def end(
             ended.append(Finished(_as_settled(job, told[job.id]), told[job.id]))
         elif job.is_settled and job.outcome is not None:
             ended.append(Finished(job, job.outcome))
+        elif (first := first_outcome(job, ledger)) is not None:  # it had ended before
+            ended.append(first)
         elif row is None:
             problem = f"{type(job.problem).__name__}: {job.problem}"
             ended.append(Finished(job, Outcome(Status.FAILED, error=problem)))

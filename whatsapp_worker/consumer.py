@@ -39,7 +39,6 @@ from storage.ledger import (
     Claimed,
     Conflict,
     Ledger,
-    Row,
     Settled,
     Settlement,
     Unsettled,
@@ -459,20 +458,14 @@ class Consumer:
         return None
 
     def _refuse(self, job: Job) -> Finished:
-        row = self._first_outcome(job) if job.content_hash and job.message_id else None
-        if row is not None:
-            return Finished(job, recovery.outcome(row), row.attempt)
+        first = self._with_ledger(lambda: recovery.first_outcome(job, self._ledger))
+        if first is not None:
+            return first
         log.warning("job.refused", extra={"session": self.session, "job": job.id})
         if job.poison:
             self._on_poisoned(job.id if job.is_named else "", job.poison)
         error = f"{type(job.problem).__name__}: {job.problem}"
         return Finished(job, Outcome(Status.FAILED, error=error))
-
-    def _first_outcome(self, job: Job) -> Row | None:
-        """The settled row of a job whose text was wiped: somebody queued it again."""
-        row = self._with_ledger(lambda: self._ledger.find(job.message_id or ""))
-        is_same = row is not None and row.content_hash == job.content_hash
-        return row if is_same and row and row.status != Status.SENDING else None
 
     def _record(self, job: Job, status: Status, error: str) -> Finished:
         """End a message that was never sent, unless the ledger says that it was."""

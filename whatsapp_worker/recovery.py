@@ -14,7 +14,7 @@ from typing import Any
 from storage.ledger import Ledger, Row, Settlement, honest
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.outbox import Finished, Outbox
-from whatsapp_worker.rq_job import Job, Outcome
+from whatsapp_worker.rq_job import Job, Outcome, TextWiped
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +127,16 @@ def _settled_among(jobs: Iterable[Job], ledger: Ledger) -> Iterable[Finished]:
 def is_released(row: Row) -> bool:
     """Whether a failed row stands for an attempt only: its job waits, and it is sent again."""
     return row.status == Status.FAILED and row.error in RELEASED
+
+
+def first_outcome(job: Job, ledger: Ledger) -> Finished | None:
+    """How a job ended whose text was wiped then, and that somebody queued again, or cancelled."""
+    if not isinstance(job.problem, TextWiped):
+        return None
+    row = ledger.find(job.message_id) if job.message_id else None
+    if row is None or row.content_hash != job.content_hash or row.status == Status.SENDING:
+        return None
+    return Finished(job, outcome(row), row.attempt)
 
 
 def may_resend(job: Job, row: Row | None, ledger: Ledger) -> bool:

@@ -16,15 +16,18 @@ from rq.serializers import JSONSerializer
 from support import eventually
 
 from storage.errors import LedgerUnavailable
-from storage.ledger import Claim, Ledger
+from storage.ledger import Claim, Ledger, Settlement
 from storage.sessions import Sessions
 from whatsapp_worker import client
 from whatsapp_worker.client import Outbox
 from whatsapp_worker.errors import CommandTimeout, UsageError
 from whatsapp_worker.errors import LedgerUnavailable as Unanswered
+from whatsapp_worker.event_names import Status
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.message import validate
+from whatsapp_worker.outbox import Finished
 from whatsapp_worker.outbox import Outbox as OutboxOf
+from whatsapp_worker.rq_job import Outcome
 from whatsapp_worker.stream import EventStream
 
 TO = "+5511999990001"
@@ -178,6 +181,30 @@ def test_what_rqs_own_cancel_took_out_is_cancelled_for_everybody(host: Host) -> 
     assert host.events() == ["message.cancelled"]
     assert not host.redis.exists("rq:canceled:wa:out:sales")
     assert host.keeper.sweep() == 0
+
+
+def test_what_rqs_own_cancel_finds_sent_already_stays_sent(host: Host) -> None:
+    job = host.send("m1")
+    host.in_hand(job, "m1")
+    sent = Settlement("m1", "sent", wa_message_id="WA1", at=2.0)
+    with contextlib.closing(host.ledger()) as ledger:
+        ledger.settle(sent)
+    stream = EventStream(host.redis)
+    outbox = OutboxOf(host.redis, "sales", stream=stream, result_ttl_s=60)
+    outbox.exchange()
+    popped = outbox.next()
+    assert popped is not None
+    outcome = Outcome(Status.SENT, wa_message_id="WA1", sent_at=2.0)
+    outbox.exchange([Finished(popped, outcome, 1)], pop=False)
+    before = host.out.outcome(job)
+    job.cancel()
+    host.keeper.sweep()
+    assert host.out.outcome(job).status == before.status == host.row("m1") == "sent"
+    assert host.out.outcome(job).wa_message_id == "WA1"
+    assert job.get_status() == "finished"
+    ids = {fields[b"id"] for _, fields in host.redis.xrange("wa:events")}
+    assert set(host.events()) == {"message.sent"} and len(ids) == 1
+    assert not host.redis.exists("rq:canceled:wa:out:sales")
 
 
 def test_a_message_in_hand_is_not_called_expired(host: Host) -> None:
