@@ -61,6 +61,15 @@ _INBOUND_TYPES = {
 }
 
 
+def prepare(network: Network) -> None:
+    """For the fork helper: what children of this network would otherwise do, each."""
+    _set_log_levels()
+    if network == "sandbox":
+        from whatsapp_worker.sandbox import patch
+
+        patch.prepare()
+
+
 class SendFailed(SendError):
     """neonize raised; the text is neonize's, `send_errors.py` says what it means for a send."""
 
@@ -123,10 +132,12 @@ class Device:
             from whatsapp_worker.sandbox import patch
 
             patch.check_environment(os.environ)
-        library = neonize_loader.load()
+        library: Any = neonize_loader.load()
+        self._pages = neonize_loader.library_pages()
         if self._network == "sandbox":
             patch.trust_sandbox()
-        self._quieten(library)
+        _set_log_levels()
+        library.log_whatsmeow = _log_writer(self._session)
         self._jid_class = library.JID
         self._client = library.NewClient(
             _data_source(self._database),
@@ -151,6 +162,10 @@ class Device:
         """For how long the event thread has been in the handler of one event; 0 when it is not."""
         since = self._handling_since
         return 0.0 if since is None else time.monotonic() - since
+
+    def rest(self) -> None:
+        """There is nothing to do for now: hold on to no more of the library than that needs."""
+        self._pages.let_go()
 
     def prepare(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
         """Fetch what a content points at and upload it; what `send` takes in its place.
@@ -412,12 +427,17 @@ class Device:
             IsEmpty=False,
         )
 
-    def _quieten(self, library: Any) -> None:
-        """Its log lines without phone numbers and with the session's name; no talk of ffmpeg."""
-        logging.getLogger("neonize.utils.ffmpeg").setLevel(logging.ERROR)
-        is_debug = logging.getLogger().isEnabledFor(logging.DEBUG)
-        library.log.setLevel(logging.DEBUG if is_debug else logging.WARNING)
-        library.log_whatsmeow = _log_writer(self._session)
+
+def _set_log_levels() -> None:
+    """No talk of ffmpeg; and neonize hands the level of its own log on to whatsmeow."""
+    is_debug = logging.getLogger().isEnabledFor(logging.DEBUG)
+    for name, level in (
+        ("neonize.utils.ffmpeg", logging.ERROR),
+        ("neonize.utils.log", logging.DEBUG if is_debug else logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        if logger.level != level:  # else every logger would forget what it knows
+            logger.setLevel(level)
 
 
 def _data_source(database: Path) -> str:

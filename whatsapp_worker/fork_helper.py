@@ -29,9 +29,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from whatsapp_worker import neonize_loader, process, telemetry, warmup
+from whatsapp_worker import device, heap, neonize_loader, process, telemetry, warmup
 from whatsapp_worker.reports import Channel, Exit
-from whatsapp_worker.settings import Settings
+from whatsapp_worker.settings import Network, Settings
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,10 @@ class ForkHelper:
             return False
         request = json.loads(data)
         try:
-            pid = self._fork(request, descriptors)
-        except OSError as error:
+            # Here, and not in the child: it has these pages from us.
+            settings = decode_settings(request["settings"])
+            pid = self._fork(request, settings, descriptors)
+        except (OSError, KeyError, TypeError) as error:
             self._say(failed=request["run"], problem=str(error))
         else:
             self._say(forked=request["run"], pid=pid)
@@ -128,15 +130,21 @@ class ForkHelper:
                 os.close(descriptor)
         return True
 
-    def _fork(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
+    def _fork(self, request: dict[str, Any], settings: Settings, descriptors: Sequence[int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            self._become(request, *descriptors)
+            self._become(request, settings, *descriptors)
         return pid
 
-    def _become(self, request: dict[str, Any], descriptor: int, output: int | None = None) -> None:
+    def _become(
+        self,
+        request: dict[str, Any],
+        settings: Settings,
+        descriptor: int,
+        output: int | None = None,
+    ) -> None:
         """In the child: shed what is the helper's, and run; never returns."""
         code = Exit.CRASHED
         try:
@@ -151,7 +159,6 @@ class ForkHelper:
                 telemetry.leave_stderr_to_libraries(output)
                 os.close(output)
             main = self._children[request["kind"]]
-            settings = decode_settings(request["settings"])
             channel = Channel(socket.socket(fileno=descriptor))
             main(request["session"], channel, settings, **request["args"])
             code = Exit.OK
@@ -180,11 +187,12 @@ class ForkHelper:
             self._sock.send(json.dumps(answer).encode())
 
 
-def preload(*, plain: bool) -> None:
+def preload(network: Network, *, plain: bool) -> None:
     """Import what children need and set it aside from the garbage collector, which would touch,
     and so copy, every page in every child.
 
     Args:
+        network: Of the children.
         plain: Of neonize, its protobuf classes only.
 
     Raises:
@@ -198,22 +206,25 @@ def preload(*, plain: bool) -> None:
     neonize_loader.preload()
     if not plain:
         neonize_loader.preload_python()
+    device.prepare(network)
     warmup.warm_up()
     if problem := neonize_loader.unfit_to_fork():
         raise RuntimeError(f"the fork helper must not fork: {problem}")
     gc.collect()
     gc.freeze()
+    heap.close_gaps()
 
 
 def main(descriptor: int, *, plain: bool) -> int:
     """Entry point of the process."""
     environ = dict(os.environ)
-    telemetry.set_up(Settings.read(environ))
+    settings = Settings.read(environ)
+    telemetry.set_up(settings)
     process.set_name("wa-forker")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # neonize prints on stdout, which belongs to commands
     try:
-        preload(plain=plain)
+        preload(settings.network, plain=plain)
     except neonize_loader.Surprise as surprise:
         log.warning("fork_helper.neonize_not_shared", extra={"problem": str(surprise)})
         os.execve(sys.executable, [*sys.orig_argv, PLAIN], environ)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from whatsapp_worker import process
+from whatsapp_worker import heap, process
 from whatsapp_worker.fork_helper import PACKET
 
 COMMAND = (sys.executable, "-m", "whatsapp_worker.fork_helper")
@@ -26,7 +26,7 @@ class Forker:
         """Start it. It answers `ready` when it has imported everything.
 
         Args:
-            environ: Handed on whole, and so what Go sees in its children.
+            environ: Handed on whole, with additions, and so what Go sees in its children.
             command: Its program; gets the descriptor of its socket as last argument.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -35,7 +35,7 @@ class Forker:
         descriptor = theirs.fileno()
         self._process = subprocess.Popen(
             [*command, str(descriptor)],
-            env={**process.importable(environ), "NEONIZE_BOT_TAG": "off"},
+            env={**heap.FRUGAL, **process.importable(environ), "NEONIZE_BOT_TAG": "off"},
             stdin=subprocess.DEVNULL,
             stdout=2,
             pass_fds=[descriptor],

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from whatsapp_worker.heap import Pages
+
 # neonize's generated protobuf modules, its largest part beside the Go library.
 _PROTOBUFS = (
     "Neonize_pb2",
@@ -171,6 +173,13 @@ def load() -> ModuleType:
     client = importlib.import_module(_CLIENT)
     _reap()
     return client
+
+
+def library_pages() -> Pages:
+    """The library's pages, in a process that has loaded it."""
+    folder = _folder()
+    assert folder is not None, "neonize is installed where it is loaded"
+    return Pages(folder)
 
 
 def find_libmagic() -> None:

@@ -21,4 +21,5 @@ def connect(url: str, *, timeout_s: float = 5.0) -> "Redis":
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
+        driver_info=None,  # it reads its own version off the disk for every connection
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from storage.ledger import Claim, Ledger, Settlement
 from whatsapp_worker import message, redis_client
+from whatsapp_worker.keys import number_hash
 
 
 def warm_up() -> None:
@@ -30,7 +31,10 @@ def _rehearse(folder: Path) -> None:
             _rehearse_message(ledger, str(number))
     finally:
         ledger.close()
-    redis_client.connect("redis://127.0.0.1:1/0").close()
+    number_hash(bytes(32), "5511999990001")
+    for url in ("redis://127.0.0.1:1/0", "unix:///nowhere"):
+        with redis_client.connect(url) as redis:
+            redis.connection_pool.make_connection()  # not connected yet
 
 
 def _rehearse_message(ledger: Ledger, message_id: str) -> None:

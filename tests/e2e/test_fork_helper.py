@@ -128,6 +128,14 @@ def test_the_environment_that_go_reads_is_the_same_after_beginning_anew(
     assert started.environ()["NEONIZE_BOT_TAG"] == "off"
 
 
+def test_go_is_frugal_unless_whoever_starts_us_wants_otherwise(
+    helper: Callable[[dict[str, str]], psutil.Process],
+) -> None:
+    started = helper({"GOGC": "77"})
+    assert started.environ()["GOGC"] == "77"
+    assert started.environ()["MALLOC_ARENA_MAX"] == "1"
+
+
 def test_sessions_of_a_surprised_helper_link_log_in_and_send(
     surprising: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:

@@ -6,7 +6,9 @@ in neonize's library; here it is overwritten in this process's memory. Nothing o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import stat
 from collections.abc import Mapping
@@ -61,8 +63,8 @@ def trust_sandbox(library: ctypes.CDLL | None = None, root_public_key: bytes | N
     """
     root = root_public_key or _read_root(os.environ)
     try:
-        file = Library(find_library() if library is None else Path(library._name))
-        address = _load_base(file) + file.only_address_of(WHATSAPP_ROOT)
+        path = find_library() if library is None else Path(library._name)
+        address = _position_of_root(path) + _load_base(path)
     except (LibraryUnreadable, OSError) as error:
         raise SandboxUnsafe(f"neonize's library cannot be read: {error}") from error
     present = ctypes.string_at(address, len(WHATSAPP_ROOT))
@@ -71,6 +73,12 @@ def trust_sandbox(library: ctypes.CDLL | None = None, root_public_key: bytes | N
     ctypes.memmove(address, root, len(root))
     if ctypes.string_at(address, len(root)) != root:
         raise SandboxUnsafe("the root key could not be replaced")
+
+
+def prepare() -> None:
+    """For the parent of clients: look into the library's file, so that they need not, each."""
+    with contextlib.suppress(LibraryUnreadable, OSError):  # a client says so
+        _position_of_root(find_library())
 
 
 def _check(environ: Mapping[str, str]) -> None:
@@ -151,9 +159,18 @@ def _read_root(environ: Mapping[str, str]) -> bytes:
     return root
 
 
-def _load_base(library: Library) -> int:
+@functools.cache
+def _position_of_root(path: Path) -> int:
+    """Where the root key lies in the library, counted from where that is loaded."""
+    library = Library(path)
+    if library.segments[0].offset or library.segments[0].address:
+        raise LibraryUnreadable(f"{path} is laid out in an unknown way")
+    return library.only_address_of(WHATSAPP_ROOT)
+
+
+def _load_base(library: Path) -> int:
     """Where the library lies in this process's memory."""
-    path = str(library.path.resolve())
+    path = str(library.resolve())
     bases = [
         int(line.split("-")[0], 16)
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -161,6 +178,4 @@ def _load_base(library: Library) -> int:
     ]
     if not bases:
         raise SandboxUnsafe("neonize's library is not loaded in this process")
-    if library.segments[0].offset or library.segments[0].address:
-        raise SandboxUnsafe(f"{path} is laid out in an unknown way")
     return min(bases)
