@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from whatsapp_worker.sandbox import connection, protobufs
+from whatsapp_worker.sandbox import connection, groups, protobufs
 from whatsapp_worker.sandbox.binary import Jid, MalformedNode, Node
 from whatsapp_worker.sandbox.media import Media
 from whatsapp_worker.sandbox.model import Attempt, Device, PreKey
@@ -91,6 +91,18 @@ def test_a_client_whose_keys_are_none_is_not_linked(network: Network, field: str
     with pytest.raises(MalformedNode):
         network.admit(Link(), bytes(32), payload)
     assert network.pairing.expire(close=False) == 0
+
+
+def test_a_group_has_two_members_and_there_are_not_too_many(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "MAX_GROUPS", 1)
+    for members in ([PHONE], [PHONE, PHONE]):
+        with pytest.raises(ValueError, match="different"):
+            network.groups.create("x", members)
+    network.groups.create("x", [PHONE, "5511999990002"])
+    with pytest.raises(ValueError, match="already"):
+        network.groups.create("x", [PHONE, "5511999990002"])
 
 
 class Wire(asyncio.Transport):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from whatsapp_worker.sandbox.network import Network
 
 MAX_MEMBERS = 1024
+MAX_GROUPS = 10_000
 GROUP_SERVER = "g.us"
 
 
@@ -43,12 +44,15 @@ class Groups:
         """Make a group of phone numbers, of contacts and devices alike.
 
         Raises:
-            ValueError: Fewer than two members, or more than 1,024.
+            ValueError: Fewer than two members, or more than 1,024; too many groups.
         """
-        if not 2 <= len(members) <= MAX_MEMBERS:
-            raise ValueError(f"members: 2 to {MAX_MEMBERS}")
+        phones = tuple(dict.fromkeys(members))
+        if not 2 <= len(phones) <= MAX_MEMBERS:
+            raise ValueError(f"members: 2 to {MAX_MEMBERS} different ones")
+        if len(self._groups) >= MAX_GROUPS:
+            raise ValueError(f"there are {MAX_GROUPS} groups already")
         group_id = f"1203630{secrets.randbelow(10**11):011d}"
-        group = Group(group_id, subject, tuple(dict.fromkeys(members)), int(time.time()))
+        group = Group(group_id, subject, phones, int(time.time()))
         self._network.store.save_group(group)
         self._groups[group.id] = group
         return group
