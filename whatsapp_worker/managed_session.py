@@ -6,7 +6,6 @@ monotonic seconds, those in records are UTC seconds.
 """
 
 import dataclasses
-import json
 import logging
 import random
 import resource
@@ -16,27 +15,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from storage.errors import LockHeld, StorageError
-from storage.sessions import Sessions, StateRecord, Wanted
+from storage.sessions import StateRecord, Wanted
 from whatsapp_worker import device_store, reconnect
 from whatsapp_worker.device_store import DeviceStoreBroken
 from whatsapp_worker.endings import Ending, EndingKind
-from whatsapp_worker.event_names import Event
 from whatsapp_worker.history import History
 from whatsapp_worker.reconnect import Again, GiveUp, Policy, Standing
-from whatsapp_worker.session import Reason, State, Trigger, sentence
-from whatsapp_worker.session_process import SessionProcess
+from whatsapp_worker.session import Reason, State, Trigger
+from whatsapp_worker.session_link import LinkHost, SessionLink
+from whatsapp_worker.session_process import DRAIN_S, SessionProcess
 from whatsapp_worker.session_status import SessionStatus
-from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 8.0  # what the send in hand gets
-PAIRED_TO_ENDED_S = 20.0  # a pairing process that paired, until its end; and the login after it
 LOGOUT_ATTEMPT_S = 30.0
 CONNECT_MARGIN_S = 5.0  # the device process ends a dial by itself; this is for one that does not
 LOGOUT_RETRY_S = 3.0
 LEFTOVER_RETRY_S = 0.5
-LOCK_WAIT_S = 1.0  # others look at the lock for an instant
 READY_S = 0.75  # a process is started so long before it is to dial
 RECYCLE_AFTER_S = 24 * 3600.0
 RECYCLE_SPREAD_S = 6 * 3600.0  # sessions that began together are not recycled together
@@ -56,24 +51,12 @@ _TRIGGERS = {
     EndingKind.BANNED: Trigger.BANNED,
     EndingKind.OUTDATED: Trigger.OUTDATED,
 }
-# Where a link attempt that failed goes back to, and by which trigger.
-_BACK = {
-    State.LOGGED_OUT: Trigger.LOGGED_OUT,
-    State.REPLACED: Trigger.REPLACED,
-    State.BANNED: Trigger.BANNED,
-    State.OUTDATED: Trigger.OUTDATED,
-}
 
 
-class Host(Protocol):
+class Host(LinkHost, Protocol):
     """What a session needs of its supervisor."""
 
-    settings: Settings
     policy: Policy
-    sessions: Sessions
-
-    def wall(self) -> float:
-        """UTC seconds."""
 
     def spawn(self, session: str, kind: str, arguments: Mapping[str, Any]) -> SessionProcess | None:
         """Have a process forked; None when that is impossible just now."""
@@ -84,9 +67,6 @@ class Host(Protocol):
     def admits_dial(self, session: str) -> bool:
         """Whether this session may dial now; True counts as a dial."""
 
-    def told(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
-        """Put an event on the stream, sooner or later."""
-
     def logged_in(self, session: str) -> None:
         """A session has logged in: WhatsApp can be reached."""
 
@@ -95,20 +75,6 @@ class Host(Protocol):
 
     def end_leftover(self, session: str) -> bool:
         """End a process of an earlier supervisor that holds the session; whether it is free."""
-
-
-@dataclass
-class LinkAttempt:
-    """One link request under way."""
-
-    request: str
-    method: str
-    phone: str | None
-    deadline: float
-    pairs: bool  # a pairing process is needed; else the stored credentials may do
-    back: State  # where a failure leads
-    back_reason: Reason | None
-    paired_at: float | None = None
 
 
 @dataclass
@@ -134,7 +100,6 @@ class ManagedSession:
         self._host = host
         self._folder: Path = host.sessions.folder(id)
         self._past = reconnect.History()
-        self._link: LinkAttempt | None = None
         self._logout: LogoutAttempt | None = None
         self._is_restarting = False
         self._recycle_after_s = RECYCLE_AFTER_S + random.uniform(0, RECYCLE_SPREAD_S)
@@ -154,6 +119,7 @@ class ManagedSession:
             tell=host.told,
             wall=host.wall,
         )
+        self._link = SessionLink(id, host=host, status=self._status, dial=self._start)
         self._resume(now)
 
     # What it is
@@ -206,13 +172,13 @@ class ManagedSession:
     def _resume(self, now: float) -> None:
         """Take up what an earlier supervisor left."""
         self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
-        self._link_file.unlink(missing_ok=True)
+        self._link.hide()
         if self.wanted.run != "run":
             return
-        asked = self.wanted.link and self.wanted.link.get("request")
-        if self.record.generation < self.wanted.generation or self._is_new(asked, "link"):
+        is_behind = self.record.generation < self.wanted.generation
+        if is_behind or self._link.is_new(self.wanted.link):
             self.want(self.wanted, now)
-        if self._is_at_home and self._link is None and self.due_at is None:
+        if self._is_at_home and not self._link.is_open and self.due_at is None:
             self._resume_running(now)
 
     def _resume_running(self, now: float) -> None:
@@ -232,14 +198,14 @@ class ManagedSession:
         """Operators changed their mind."""
         self.wanted = wanted
         if wanted.run != "run" or not self._is_at_home:
-            self._give_up_link(Reason.OPERATOR, now)
+            self._link.give_up(Reason.OPERATOR, now)
             self._logout, self.due_at = None, None
         if wanted.run != "run":
             return
-        if self._link and self._link.request != (wanted.link or {}).get("request"):
-            self._give_up_link(Reason.OPERATOR, now)
-        if self._is_new(wanted.link and wanted.link.get("request"), "link"):
-            self._begin_link(dict(wanted.link or {}), now)
+        if not self._link.is_of(wanted.link):
+            self._link.give_up(Reason.OPERATOR, now)
+        if self._link.is_new(wanted.link):
+            self._begin_link(wanted.link or {}, now)
         elif not self._is_at_home:
             return
         elif self._is_new(wanted.logout, "logout"):
@@ -251,16 +217,28 @@ class ManagedSession:
             self._note_handled("restart", wanted.restart)
             self._is_restarting = self.process is not None
             self._start(now)
-        elif self.process is None and self._link is None:
+        elif self.process is None and not self._link.is_open:
             self._start(now)
 
-    def _is_new(self, request: object, kind: str) -> bool:
-        if not request:
-            return False
-        if kind == "link":
-            answered = (self.record.link or {}).get("request")
-            return request != answered and (self._link is None or self._link.request != request)
-        return request != self.record.fields.get(kind)
+    def _begin_link(self, link: Mapping[str, Any], now: float) -> None:
+        """Take up a link request, or answer it at once."""
+        good = self.state is not State.LOGGED_OUT and not link.get("again")
+        pairs = not (good and (self._has_device() or self._has_credentials()))
+        age_s = max(0.0, self._host.wall() - self.wanted.touched_at)
+        self._link.begin(link, age_s=age_s, pairs=pairs, now=now)
+        if not self._is_at_home:
+            self._link.give_up(Reason.WRONG_NETWORK, now)
+        elif self._link.is_late(now):  # whoever asked is long gone
+            self._link.give_up(Reason.QR_EXPIRED, now)
+        elif pairs and not self._host.has_room(self.id):
+            self._link.give_up(Reason.CAPACITY, now)
+        elif not pairs and self.state is State.CONNECTED:
+            self._link.succeed(now)
+        elif not pairs and self.process is None:
+            self._start(now)
+
+    def _is_new(self, request: str | None, kind: str) -> bool:
+        return bool(request) and request != self.record.fields.get(kind)
 
     def _note_handled(self, kind: str, request: object) -> None:
         self._status.set(fields={**self.record.fields, kind: request})
@@ -292,9 +270,9 @@ class ManagedSession:
             case "heartbeat":
                 self._on_heartbeat(report)
             case "qr" | "code":
-                self._on_code(report)
-            case "paired" if self._link:
-                self._link.paired_at = now
+                self._link.show(report)
+            case "paired":
+                self._link.accepted(now)
             case "failure":
                 log.warning("device.failure", extra={"session": self.id, "facts": report})
 
@@ -306,8 +284,7 @@ class ManagedSession:
         self._status.set(touched_at=wall, proof_of_life_at=wall, banned_until=None)
         self._past = reconnect.logged_in(self._past)
         self.due_at = None
-        if self._link and not self._link.pairs:
-            self._finish_link("linked", None, now)
+        self._link.succeed(now)
         self._host.logged_in(self.id)
 
     def _on_heartbeat(self, report: dict[str, Any]) -> None:
@@ -322,30 +299,6 @@ class ManagedSession:
             rss_mib=report.get("rss_mib"),
             queue=report.get("queue"),
         )
-
-    def _on_code(self, report: dict[str, Any]) -> None:
-        """A code to show: it goes into a file for the operator, never anywhere else."""
-        if self._link is None:
-            return
-        wall = self._host.wall()
-        facts = {
-            "request": self._link.request,
-            "event": report["report"],
-            "code": report.get("code"),
-            "number": report.get("number"),
-            "expires_at": wall + float(report.get("expires_in_s") or 0),
-        }
-        try:
-            _write_private(self._link_file, json.dumps(facts))
-        except OSError as error:
-            log.error("link.code_not_shown", extra={"session": self.id, "problem": str(error)})
-            return
-        self._status.note(Event.QR, number=report.get("number"))
-        self._host.told(Event.QR, self.id, {"number": report.get("number")})
-
-    @property
-    def _link_file(self) -> Path:
-        return self._folder / "link.json"
 
     # What happens with time
 
@@ -364,8 +317,8 @@ class ManagedSession:
             self._rest(now, Reason.WRONG_NETWORK)
         elif self.wanted.run == "stop":
             self._rest(now, Reason.OPERATOR)
-        elif self._link is not None and self._link.pairs:
-            self._pursue_pairing(self._link, now)
+        elif self._link.is_pairing:
+            self._pursue_pairing(now)
         else:
             self._pursue_running(now)
 
@@ -377,9 +330,18 @@ class ManagedSession:
             self._status.move(Trigger.STOP, reason, attempt=0, next_attempt_at=None)
         self._status.set(generation=self.wanted.generation)
 
+    def _pursue_pairing(self, now: float) -> None:
+        self._status.set(generation=self.wanted.generation)
+        arguments = self._link.pursue(self.process, now)
+        if arguments is None or now < self._not_before:
+            return
+        if self._spawn("pairing", arguments, now):
+            assert self.process is not None
+            self._link.started(self.process)
+
     def _pursue_running(self, now: float) -> None:
-        if self._link is not None and now > self._link.deadline:
-            self._finish_link("failed", self.reason or Reason.CONNECTION_FAILED, now)
+        if self._link.is_late(now):
+            self._link.give_up(self.reason or Reason.CONNECTION_FAILED, now)
         if self._logout is not None:
             self._pursue_logout(self._logout, now)
         if self.process is not None and self.process.kind == "pairing":
@@ -415,7 +377,7 @@ class ManagedSession:
 
     def _pursue_deletion(self, now: float) -> None:
         """Log out while that is possible, then remove everything; one step a tick."""
-        self._give_up_link(Reason.OPERATOR, now)
+        self._link.give_up(Reason.OPERATOR, now)
         if self._logout is None:
             self._phone_lists_it = self.state is not State.LOGGED_OUT and self._has_credentials()
             # Credentials of the other network mean nothing here, and are not shown to it.
@@ -458,7 +420,7 @@ class ManagedSession:
         if not self._host.has_room(self.id):
             if self.reason is not Reason.CAPACITY:
                 self._status.move(Trigger.STOP, Reason.CAPACITY, attempt=0, next_attempt_at=None)
-            self._give_up_link(Reason.CAPACITY, now)
+            self._link.give_up(Reason.CAPACITY, now)
             return
         if not self._host.admits_dial(self.id):
             return
@@ -610,7 +572,7 @@ class ManagedSession:
         elif was_locked:
             self._on_locked(now)
         elif process.kind == "pairing":
-            self._on_pairing_ended(process, ending, now)
+            self._link.on_ended(process, ending, now)
         else:
             self._on_device_ended(process, ending, now)
 
@@ -627,7 +589,7 @@ class ManagedSession:
         self.due_at = max(now, self.due_at or now)
 
     def _on_device_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
-        if self.wanted.run != "run" or (self._link is not None and self._link.pairs):
+        if self.wanted.run != "run" or self._link.is_pairing:
             return
         if self._is_dial_due(now + READY_S):  # it ended before it could dial
             self._tell_dial()
@@ -653,12 +615,10 @@ class ManagedSession:
         )
         if ending.kind is EndingKind.BANNED:
             self._wait_out_ban(now)
-        if self._link is not None:
-            if ending.kind is EndingKind.LOGGED_OUT:
-                self._link.pairs, self._link.back = True, State.LOGGED_OUT
-                self._link.back_reason = ending.reason
-            else:
-                self._finish_link("failed", ending.reason, now)
+        if ending.kind is EndingKind.LOGGED_OUT:
+            self._link.pair_instead(ending.reason)
+        else:
+            self._link.give_up(ending.reason, now)
 
     def _wait_out_ban(self, now: float) -> None:
         until = self.record.banned_until or self._host.wall()
@@ -704,118 +664,16 @@ class ManagedSession:
             attempt=0,
             next_attempt_at=None if wait_s is None else self._at(wait_s),
         )
-        if self._link is not None:  # the phone accepted, or had long ago, and yet no login
-            self._finish_link("failed", self.reason, now)
+        self._link.give_up(self.reason, now)  # the phone accepted, or had long ago: yet no login
 
     def _at(self, wait_s: float) -> float:
         return round(self._host.wall() + wait_s, 3)
-
-    # Linking
-
-    def _begin_link(self, link: dict[str, Any], now: float) -> None:
-        """Take up a link request, or answer it at once."""
-        self._give_up_link(Reason.OPERATOR, now)
-        settings = self._host.settings
-        age_s = max(0.0, self._host.wall() - self.wanted.touched_at)
-        good = self.state is not State.LOGGED_OUT and not link.get("again")
-        self._link = LinkAttempt(
-            request=str(link.get("request")),
-            method=str(link.get("method") or "qr"),
-            phone=link.get("phone"),
-            deadline=now + settings.link_attempt_s - age_s,
-            pairs=not (good and (self._has_device() or self._has_credentials())),
-            back=self.state,
-            back_reason=self.reason,
-        )
-        if not self._is_at_home:
-            self._finish_link("failed", Reason.WRONG_NETWORK, now)
-        elif age_s > settings.link_attempt_s:  # whoever asked is long gone
-            self._finish_link("failed", Reason.QR_EXPIRED, now)
-        elif self._link.pairs and not self._host.has_room(self.id):
-            self._finish_link("failed", Reason.CAPACITY, now)
-        elif not self._link.pairs and self.state is State.CONNECTED:
-            self._finish_link("linked", None, now)
-        elif not self._link.pairs and self.process is None:
-            self._start(now)
-
-    def _pursue_pairing(self, link: LinkAttempt, now: float) -> None:
-        process = self.process
-        self._status.set(generation=self.wanted.generation)
-        if process is None and now > link.deadline:
-            self._finish_link("failed", Reason.QR_EXPIRED, now)
-        elif process is None and now >= self._not_before:
-            self._pair(link, now)
-        elif process is None:
-            pass
-        elif process.kind == "device":
-            process.ask(now, drain_s=DRAIN_S)
-        elif process.request != link.request:
-            process.kill(now)
-        elif now > link.deadline and link.paired_at is None:
-            process.kill(now, Ending(EndingKind.LINK_FAILED, Reason.QR_EXPIRED))
-        elif link.paired_at is not None and now - link.paired_at > PAIRED_TO_ENDED_S:
-            process.kill(now)
-
-    def _pair(self, link: LinkAttempt, now: float) -> None:
-        if not self._spawn("pairing", {"method": link.method, "phone": link.phone}, now):
-            return
-        assert self.process is not None
-        self.process.request = link.request
-        self._status.move(Trigger.LINK, None, attempt=0, next_attempt_at=None)
-
-    def _on_pairing_ended(self, process: SessionProcess, ending: Ending, now: float) -> None:
-        self._link_file.unlink(missing_ok=True)
-        link = self._link
-        if link is None or link.request != process.request:
-            return  # given up, or another attempt follows at once
-        if ending.kind is EndingKind.LINKED or link.paired_at is not None:
-            self._adopt(link, now)
-        elif now <= link.deadline or ending.kind is EndingKind.LINK_FAILED:
-            self._finish_link("failed", ending.reason or Reason.CONNECTION_FAILED, now)
-
-    def _adopt(self, link: LinkAttempt, now: float) -> None:
-        """Make the new credentials the session's own, and log in with them."""
-        lock = self._host.sessions.session_lock(self.id)
-        try:
-            lock.acquire(LOCK_WAIT_S)
-            with lock:
-                who = device_store.adopt(self._folder / "pairing.db", self._folder / "device.db")
-        except (DeviceStoreBroken, StorageError, OSError) as error:
-            log.error("link.not_adopted", extra={"session": self.id, "problem": str(error)})
-            self._finish_link("failed", Reason.CONNECTION_FAILED, now)
-            return
-        self._status.set(jid=who.jid, lid=who.lid, phone=who.phone, push_name=who.push_name)
-        link.pairs = False
-        link.deadline = max(link.deadline, now + PAIRED_TO_ENDED_S)  # it may have been late
-        self._start(now)
-
-    def _give_up_link(self, reason: Reason, now: float) -> None:
-        if self._link is not None:
-            self._finish_link("failed", reason, now)
-
-    def _finish_link(self, result: str, reason: Reason | None, now: float) -> None:
-        """Answer the link request, and leave the state where it belongs."""
-        link, self._link = self._link, None
-        assert link is not None
-        answer = {"request": link.request, "result": result, "reason": reason}
-        self._status.set(link={**answer, "sentence": sentence(reason, self.id, linking=True)})
-        self._link_file.unlink(missing_ok=True)
-        self._status.note(f"link.{result}", reason=reason)
-        log.info(f"link.{result}", extra={"session": self.id, "reason": reason})
-        if self.state is not State.LINKING:
-            return
-        if link.back in _BACK:
-            self._status.move(_BACK[link.back], link.back_reason)
-        elif link.back is State.UNLINKED:
-            self._status.move(Trigger.UNPAIRED, reason)
-        else:  # the old credentials are as good as before
-            self._start(now)
 
     # Leaving
 
     def leave(self, now: float, *, drain_s: float) -> None:
         """The supervisor shuts down: ask the process to end. Nothing is started any more."""
-        self._link_file.unlink(missing_ok=True)
+        self._link.hide()
         if self.process is None:
             return
         if self.process.kind == "pairing":
@@ -839,12 +697,3 @@ def _descriptors_run_out(process: SessionProcess) -> bool:
     """Whether it has most of the open files that it may have; its limit is ours."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return int(process.heartbeat.get("fds") or 0) > OPEN_FILES_SHARE * limit
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Whole or not at all, for this user's eyes only; gone with the code's usefulness."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    temporary.write_text(text)
-    temporary.replace(path)

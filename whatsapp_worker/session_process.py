@@ -14,6 +14,7 @@ from whatsapp_worker.endings import Ending, EndingKind
 from whatsapp_worker.reports import Channel, ChannelGarbage
 from whatsapp_worker.session import Reason
 
+DRAIN_S = 8.0  # what the send in hand gets
 GRACE_S = 2.0  # from SIGTERM to SIGKILL
 UNREAPED_S = 1.0  # what the fork helper gets to tell of a death
 _NUMBERS = re.compile(r"(?<![0-9a-fx])\d{6,}")  # not within an address

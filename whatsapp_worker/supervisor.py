@@ -37,12 +37,12 @@ from whatsapp_worker.forker import COMMAND, Forker, ForkerGone
 from whatsapp_worker.graves import Graves
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.leftovers import Leftovers
-from whatsapp_worker.managed_session import DRAIN_S, ManagedSession
+from whatsapp_worker.managed_session import ManagedSession
 from whatsapp_worker.notify import Notifier
 from whatsapp_worker.redis_server import EmbeddedRedis
 from whatsapp_worker.reports import Exit
 from whatsapp_worker.session import State
-from whatsapp_worker.session_process import SessionProcess, socket_pair
+from whatsapp_worker.session_process import DRAIN_S, SessionProcess, socket_pair
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
 
