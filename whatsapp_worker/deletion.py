@@ -30,12 +30,10 @@ class Deleted:
     """What a deletion did.
 
     Attributes:
-        left_tombstone: False for a session that was never linked.
         jobs_failed: Queued messages that were told "session deleted".
         bytes_freed: Size of the files removed.
     """
 
-    left_tombstone: bool
     jobs_failed: int
     bytes_freed: int
 
@@ -69,14 +67,14 @@ def delete_session(
     if lock is None:
         folder = sessions.folder(session)
         if not folder.is_dir():
-            return Deleted(sessions.tombstones.find(session) is not None, 0, 0)
+            return Deleted(0, 0)
         held = sessions.session_lock(session)
         held.acquire(LOCK_WAIT_S)
         with held:
             return delete_session(
                 sessions, session, why=why, now=now, fail_queue=fail_queue, forget=forget, lock=held
             )
-    leaves_tombstone = _bury(sessions, session, why=why, now=now)
+    _bury(sessions, session, why=why, now=now)
     bytes_freed = _size(sessions.folder(session))
     _remove_credentials(sessions.folder(session))
     jobs_failed = fail_queue(session) if fail_queue else 0
@@ -84,21 +82,20 @@ def delete_session(
         forget(session)
     sessions.remove(session)
     log.info("session.removed", extra={"session": session, "why": why, "jobs": jobs_failed})
-    return Deleted(leaves_tombstone, jobs_failed, bytes_freed)
+    return Deleted(jobs_failed, bytes_freed)
 
 
-def _bury(sessions: Sessions, session: str, *, why: str, now: float) -> bool:
+def _bury(sessions: Sessions, session: str, *, why: str, now: float) -> None:
     """Leave a tombstone, unless the session was never linked."""
     if sessions.tombstones.find(session):
-        return True
+        return
     state = _state(sessions, session)
     credentials = sessions.folder(session) / "device.db"  # only a finished pairing makes it
     if not credentials.exists() and not (state and state.jid):
-        return False
+        return
     number = (state and state.phone) or _paired_number(credentials)
     hashed = number_hash(sessions.install_key(), number.lstrip("+")) if number else None
     sessions.tombstones.add(session, hashed, why, now)
-    return True
 
 
 def _paired_number(credentials: Path) -> str | None:
