@@ -327,25 +327,35 @@ class Ledger:
                     changed.append(applied.changed)
         return changed
 
-    def apply_pending(self, *, now: float) -> list[Change]:
+    def apply_pending(self, *, now: float) -> tuple[list[Receipt], list[Change]]:
         """Apply the kept receipts whose message has its WhatsApp id by now; drop the old ones.
 
         Cheap when there are none: meant to be called about every second.
+
+        Returns:
+            Those that found their message, which are kept until `drop_pending`, so that a process
+            killed before it could tell anybody finds them again; and what they changed.
         """
         values = {"session": self.session, "before": now - PENDING_RECEIPT_S}
         if not self._database.run(_ANY_PENDING, {"session": self.session}):
-            return []
-        changed = []
+            return [], []
+        matched, changed = [], []
         with self._database.transaction() as transaction:
             transaction.execute(_DROP_OLD_RECEIPTS, values)
             for fields in transaction.fetch(_PENDING, {"session": self.session}):
                 receipt = Receipt(*fields)
                 applied = self._apply(transaction, receipt)
                 if applied.is_matched:
-                    transaction.execute(_DROP_RECEIPT, self._receipt_key(receipt))
+                    matched.append(receipt)
                 if applied.changed is not None:
                     changed.append(applied.changed)
-        return changed
+        return matched, changed
+
+    def drop_pending(self, receipts: Iterable[Receipt]) -> None:
+        """Forget kept receipts."""
+        with self._database.transaction() as transaction:
+            for receipt in receipts:
+                transaction.execute(_DROP_RECEIPT, self._receipt_key(receipt))
 
     def pending_receipts(self) -> list[Receipt]:
         """The receipts that match no message yet."""

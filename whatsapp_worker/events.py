@@ -196,7 +196,12 @@ class ReceiptWriter:
 
     def _apply_pending(self, session: str, ledger: Ledger) -> None:
         try:
-            self._tell(session, _proven(ledger.apply_pending(now=time.time())))
+            receipts, changes = ledger.apply_pending(now=time.time())
+            if receipts:
+                told = {row.message_id: row for row in _proven(changes)}
+                told |= {row.message_id: row for row in self._left_untold(ledger, receipts)}
+                self._tell(session, told.values())
+                ledger.drop_pending(receipts)
         except StorageError as error:
             self._excuse(session, error)
 

@@ -138,8 +138,7 @@ end
 _TAKE_PLACE = (
     _IF_LIVE
     + """
-redis.call('ZREM', KEYS[1], ARGV[2])
-if not is_live then return end
+if redis.call('ZREM', KEYS[1], ARGV[2]) == 0 or not is_live then return end
 redis.call('HSET', key, 'status', 'queued')
 local function time(id)
   local found = redis.pcall('HMGET', ARGV[1] .. id, 'enqueued_at', 'created_at')

@@ -14,6 +14,7 @@ from redis import Redis
 from sending import KEY, SESSION, FakeDevice, Parts, Running, enqueue, fetch, outcome
 from support import RedisServer, eventually
 
+from storage import ledger as ledger_module
 from storage.ledger import Ledger, Row
 from storage.sessions import Sessions
 from whatsapp_worker import cli, recovery, redis_client
@@ -221,6 +222,26 @@ def test_killed_between_ledger_and_job_the_next_process_tells_it(host: Host) -> 
     host.read_receipts()
     agrees(host, "delivered")
     assert host.told() == ["message.unknown", "message.delivered", "message.sent"]
+
+
+def test_killed_after_a_kept_receipt_was_applied_the_next_process_tells_it(host: Host) -> None:
+    host.lose_an_answer()
+    host.recover()
+    host.receive()
+    ledger = Ledger.open(host.location, SESSION)
+    wa_message_id = host.row().wa_message_id
+    assert wa_message_id
+    with ledger._database.transaction() as transaction:  # it was read before its message had an id
+        values = {"session": SESSION, "wa_message_id": wa_message_id, "status": "delivered"}
+        now = time.time()
+        transaction.execute(ledger_module._KEEP_RECEIPT, {**values, "at": now, "kept_at": now})
+    receipts, changes = ledger.apply_pending(now=time.time())  # and killed here
+    ledger.close()
+    assert (len(receipts), len(changes)) == (1, 1)
+    assert outcome(host.redis, "m1")["status"] == "unknown"
+    host.read_receipts()
+    agrees(host, "delivered")
+    assert host.told().count("message.sent") == 1
 
 
 def test_a_receipt_read_while_recovery_is_under_way_is_not_forgotten(host: Host) -> None:

@@ -276,13 +276,15 @@ def test_a_receipt_before_its_message_waits_for_it(ledger: Ledger) -> None:
     claimed(ledger)
     assert ledger.receipts([Receipt("WA1", "delivered", 3.0)], now=3.0) == []
     assert ledger.receipts([Receipt("WA1", "delivered", 3.0)], now=3.5) == []
-    assert ledger.apply_pending(now=4.0) == []
+    assert ledger.apply_pending(now=4.0) == ([], [])
     assert ledger.pending_receipts() == [Receipt("WA1", "delivered", 3.0)]
     ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=4.0))
-    ((row, was),) = ledger.apply_pending(now=5.0)
+    receipts, [(row, was)] = ledger.apply_pending(now=5.0)
     assert (was, row.status, row.sent_at, row.delivered_at) == ("sent", "delivered", 4.0, 3.0)
+    assert ledger.apply_pending(now=6.0) == (receipts, []), "found again until it was told"
+    ledger.drop_pending(receipts)
     assert ledger.pending_receipts() == []
-    assert ledger.apply_pending(now=6.0) == []
+    assert ledger.apply_pending(now=7.0) == ([], [])
 
 
 def test_a_receipt_without_a_message_is_forgotten_after_a_day(ledger: Ledger) -> None:
@@ -304,7 +306,7 @@ def test_a_receipt_of_a_former_attempt_proves_the_message_once_the_present_one_i
     assert ledger.receipt("WA1", "delivered", 4.0) is None
     assert len(ledger.sending()) == 1
     ledger.settle(Settlement("m1", "failed", at=5.0))
-    ((row, was),) = ledger.apply_pending(now=6.0)
+    _, [(row, was)] = ledger.apply_pending(now=6.0)
     assert (was, row.status, row.wa_message_id) == ("failed", "delivered", "WA1")
     assert [former.status for former in ledger.attempts("m1")] == ["delivered"]
 
@@ -518,7 +520,7 @@ def test_whatever_happens_a_status_only_moves_forward(ledger: Ledger, steps: lis
             case "receipt":
                 ledger.receipt(name, word, number)
             case "pending":
-                ledger.apply_pending(now=number)
+                ledger.drop_pending(ledger.apply_pending(now=number)[0])
         for id, old in before.items():
             new = ledger.find(id)
             if old is None:
