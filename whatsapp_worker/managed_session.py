@@ -98,7 +98,7 @@ class ManagedSession:
         self.due_at: float | None = None  # when to dial; None: not by itself
         self.dialled_at = 0.0
         self._host = host
-        self._folder: Path = host.sessions.folder(id)
+        self._database: Path = host.sessions.folder(id) / "device.db"
         self._past = reconnect.History()
         self._logout: LogoutAttempt | None = None
         self._is_restarting = False
@@ -114,7 +114,7 @@ class ManagedSession:
             sessions=host.sessions,
             record=record,
             touched_at=wanted.touched_at,
-            history=History(self._folder, limit=host.settings.history_events),
+            history=History(self._database.parent, limit=host.settings.history_events),
             max_sessions=host.settings.max_sessions,
             tell=host.told,
             wall=host.wall,
@@ -417,6 +417,9 @@ class ManagedSession:
     def _dial(self, now: float) -> None:
         if now < self._not_before:
             return
+        if not self._database.exists():
+            self._rest_unlinked()
+            return
         if not self._host.has_room(self.id):
             if self.reason is not Reason.CAPACITY:
                 self._status.move(Trigger.STOP, Reason.CAPACITY, attempt=0, next_attempt_at=None)
@@ -431,7 +434,11 @@ class ManagedSession:
             return
         if has_credentials:
             self.dial(now)
-            return
+        else:
+            self._rest_unlinked()
+
+    def _rest_unlinked(self) -> None:
+        """There are no credentials to dial with."""
         self.due_at = None
         if self.state not in (State.UNLINKED, State.LOGGED_OUT):
             self._status.move(Trigger.UNPAIRED, None)
@@ -481,12 +488,11 @@ class ManagedSession:
         Raises:
             LockHeld: A process holds the session (transient).
         """
-        path = self._folder / "device.db"
-        if not path.exists():
+        if not self._database.exists():
             return False
         try:
             with self._host.sessions.session_lock(self.id):
-                return device_store.identity(path) is not None
+                return device_store.identity(self._database) is not None
         except LockHeld:
             raise
         except (DeviceStoreBroken, StorageError) as error:

@@ -286,6 +286,14 @@ def test_beyond_max_sessions_it_waits_with_reason_capacity(play: Play) -> None:
     assert play.tick(1) is State.CONNECTING
 
 
+def test_a_session_never_linked_asks_for_no_room(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    play.host.room = False
+    play.want(why="start")
+    assert play.session.state is State.UNLINKED
+    assert play.saved.generation == play.wanted.generation
+
+
 def test_a_link_of_a_session_that_has_no_room_is_answered_at_once(play: Play) -> None:
     play.want(run="stop")
     play.host.room = False
