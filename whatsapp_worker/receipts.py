@@ -21,8 +21,8 @@ from whatsapp_worker.stream import EventStream, event_id
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000  # facts
-_REMEMBERED = 20_000  # messages whose ids are known without asking the ledger
-_REMEMBERED_TEXT = 4 * 1024 * 1024  # characters of their metadata
+_REMEMBERED = 2000  # messages whose ids are known without asking the ledger; 0.4 KiB each
+_REMEMBERED_TEXT = 512 * 1024  # characters of their metadata
 _BATCH = 200
 _LOOK_S = 1.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
