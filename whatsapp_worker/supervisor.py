@@ -55,6 +55,7 @@ OUTAGE_EVERY_S = 1.0
 FORK_TIMEOUT_S = 15.0  # an answer of the fork helper, once it is ready
 HELPER_START_S = 60.0
 HELPER_RETRY_S = 1.0
+HELPER_END_S = 2.0  # it has nothing in hand
 REDIS_RETRY_S = 1.0
 SPAWN_RETRY_S = 1.0
 UNREADABLE_RETRY_S = 5.0
@@ -593,7 +594,7 @@ class Supervisor:
             with self._contained(session.id):
                 session.left(now)
         if self._helper is not None:
-            self._helper.close(timeout_s=self._left_s(deadline))
+            self._helper.close(timeout_s=min(HELPER_END_S, self._left_s(deadline)))
         drained &= self._keeper.stop(timeout_s=self._left_s(deadline))
         self._graves.stop(timeout_s=min(LAST_WORDS_S, self._left_s(deadline)))
         self._announcer.stop(timeout_s=min(LAST_WORDS_S, self._left_s(deadline)))

@@ -307,6 +307,18 @@ def test_a_stuck_process_is_killed_within_the_shutdown_time(tmp_path: Path) -> N
         world.close()
 
 
+def test_a_stopped_fork_helper_does_not_hold_up_the_end(world: World) -> None:
+    world.link("sales")
+    helper = helper_of(world)
+    helper.suspend()
+    assert world.supervisor is not None
+    begun_at = time.monotonic()
+    world.supervisor.send_signal(signal.SIGTERM)
+    assert world.supervisor.wait(30) == 0
+    assert time.monotonic() - begun_at < 8
+    assert not alive(helper.pid)
+
+
 def test_nohup_is_obeyed(world: World) -> None:
     world.kill_supervisor()
     supervisor = subprocess.Popen(
