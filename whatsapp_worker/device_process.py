@@ -257,20 +257,17 @@ class DeviceProcess:
     def _recover(self) -> bool:
         """Settle what an earlier process left; nothing may have device.db open meanwhile."""
         assert self._consumer is not None
-        hold = self._sessions.hold(self._session)
-        device = number_hash(self._sessions.install_key(), self._identity.jid)
-        handed_over: recovery.HandedOver = recovery.nobody_can_tell
-        if hold.device() in (None, device):
-            handed_over = self._handed_over
-        is_done = self._consumer.recover(handed_over)
+        is_done = self._consumer.recover(self._handed_over)
         if is_done:
+            hold = self._sessions.hold(self._session)
+            device = recovery.device_key(self._sessions, self._identity.jid)
             self._insist(functools.partial(hold.device_is, device))
         return is_done and not self._departure.is_due.is_set()
 
     def _handed_over(self, secrets: Iterable[bytes]) -> Mapping[bytes, str]:
         """A disk that takes nothing is waited for as the ledger's is."""
         try:
-            return device_store.handed_over(self._database, secrets)
+            return recovery.witness(self._sessions, self._session, self._identity.jid)(secrets)
         except DeviceStoreUnavailable as error:
             raise LedgerUnavailable(str(error)) from error
 

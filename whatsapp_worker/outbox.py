@@ -560,6 +560,10 @@ class Outbox:
 
     # Putting in order
 
+    def has_limbo(self) -> bool:
+        """Whether anything is popped and not settled."""
+        return bool(self._redis.exists(*(lane.limbo for lane in self._lanes)))
+
     def limbo(self) -> list[Job]:
         """What an earlier process left popped, oldest first, the high lane before the other; it
         counts as in hand: `exchange` what is settled, and `resync` puts the rest back."""
@@ -727,8 +731,9 @@ def _fail_all(
 ) -> int:
     failed = Outcome(Status.FAILED, error=error)
     # What a device process had in hand when it died may have been sent.
-    left = [(job, job.outcome) for job in outbox.limbo() if job.status == "started"]
-    outbox.exchange([Finished(job, known) for job, known in left if known], pop=False)
+    unknown = Outcome(Status.UNKNOWN, error=f"{error} before WhatsApp's answer came")
+    left = [job for job in outbox.limbo() if job.status == "started"]
+    outbox.exchange([Finished(job, job.outcome or unknown) for job in left], pop=False)
     outbox.resync()
     outbox.survey(until=float("inf"))
     count = 0

@@ -1,9 +1,11 @@
-"""What an earlier process left behind is settled, before its successor connects.
+"""What an earlier process left behind is settled, before its successor connects, or by the queue
+keeper where none will follow soon.
 
 A row of the ledger that is `sending` was claimed and not settled. The outcome that its job's meta
 holds is the stronger word; else the device database tells whether it was ever handed over.
 """
 
+import functools
 import json
 import logging
 import time
@@ -11,8 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from storage.errors import LockHeld
 from storage.ledger import Ledger, Row, Settlement, honest
+from storage.sessions import Sessions
+from whatsapp_worker import device_store
+from whatsapp_worker.device_store import DeviceStoreBroken, DeviceStoreUnavailable
 from whatsapp_worker.event_names import Status
+from whatsapp_worker.keys import number_hash
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.rq_job import Job, Outcome, TextWiped
 
@@ -33,10 +40,53 @@ HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt s
 UNLINKED = "the device was unlinked before WhatsApp's answer came; nobody knows whether it was sent"
 
 
-def nobody_can_tell(secrets: Iterable[bytes]) -> Mapping[bytes, str]:
-    """`HandedOver` for a device that was linked anew: what its predecessor handed over went with
-    its credentials, so that nothing found means nothing."""
+def witness(sessions: Sessions, session: str, jid: str | None) -> HandedOver:
+    """Who tells what the session's last process handed over.
+
+    Args:
+        jid: Of the credentials that there are now; None where there are none. What others handed
+            over went with theirs, so that nothing found means nothing.
+
+    Raises:
+        DocumentError: The session's `queue.json` cannot be used.
+    """
+    sent_last = sessions.hold(session).device()
+    if jid is None or sent_last not in (None, device_key(sessions, jid)):
+        return _nobody_can_tell
+    return functools.partial(device_store.handed_over, sessions.folder(session) / "device.db")
+
+
+def device_key(sessions: Sessions, jid: str) -> str:
+    """What is kept of whose credentials claim messages."""
+    return number_hash(sessions.install_key(), jid)
+
+
+def _nobody_can_tell(secrets: Iterable[bytes]) -> Mapping[bytes, str]:
     return dict.fromkeys(secrets, "")
+
+
+def settle_abandoned(sessions: Sessions, *, ledger: Ledger, outbox: Outbox) -> bool:
+    """Recover for a session that no process runs; False, and nothing is done, where one does or
+    the device database cannot be read now.
+
+    Raises:
+        RedisError, StorageError: As their calls do; call it again.
+    """
+    lock = sessions.session_lock(outbox.session)
+    try:
+        lock.acquire(0.0)
+    except LockHeld:
+        return False
+    with lock:
+        try:
+            who = device_store.identity(sessions.folder(outbox.session) / "device.db")
+            handed_over = witness(sessions, outbox.session, who.jid if who else None)
+            recover(ledger=ledger, outbox=outbox, handed_over=handed_over)
+        except DeviceStoreUnavailable:
+            return False
+        except DeviceStoreBroken:  # damaged: nobody will ever know
+            recover(ledger=ledger, outbox=outbox, handed_over=_nobody_can_tell)
+    return True
 
 
 def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:

@@ -4,6 +4,7 @@
     cancelled by a request            any session; `wa:cancel`, answered in a list of its own
     expired                           sessions whose queue nobody consumes, or that are paused
     due                               moved in, where nobody consumes
+    in hand when its process ended    sessions that will not connect by themselves
 
 The ledger row decides each, so a device process may begin to consume at any moment.
 """
@@ -24,12 +25,13 @@ from redis import Redis
 from storage.errors import StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
-from whatsapp_worker import cancelling
+from whatsapp_worker import cancelling, recovery
 from whatsapp_worker.errors import UsageError
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import CANCEL_REQUESTS, session_id, session_of_queue
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.rq_job import Job
+from whatsapp_worker.session import State
 from whatsapp_worker.stream import EventStream
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,12 @@ EXPIRED = "its time was over before it could be sent"
 _REQUESTS_AT_ONCE = 100
 _ANSWER_TTL_S = 60
 _ENDED_AT_ONCE = 200  # jobs
+_OVER = frozenset(
+    {
+        *(State.UNLINKED, State.FAILED, State.LOGGED_OUT, State.REPLACED),
+        *(State.BANNED, State.OUTDATED, State.STOPPED),
+    }
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}\Z")
 
 
@@ -120,6 +128,8 @@ class Waiting:
         with self._outbox(session) as outbox:
             done = self._end(outbox, outbox.cancelled(), Status.CANCELLED, cancelling.CANCELLED)
             if not is_consumed:
+                if outbox.has_limbo() and self._is_over(session):
+                    self._settle(outbox)
                 outbox.survey()  # moves in what is due
             elif self._sessions.hold(session).read().paused_at is None:
                 for queue in outbox.queues:
@@ -128,6 +138,16 @@ class Waiting:
             for queue in outbox.queues:
                 done += self._expire(outbox, queue, limit - done)
         return done
+
+    def _is_over(self, session: str) -> bool:
+        """Whether no process will recover what the last one had in hand, unless a person acts or
+        a long time passes."""
+        record = self._sessions.state(session)
+        return record is not None and record.state in _OVER
+
+    def _settle(self, outbox: Outbox) -> None:
+        with contextlib.closing(self._ledger_of(outbox.session)) as ledger:
+            recovery.settle_abandoned(self._sessions, ledger=ledger, outbox=outbox)
 
     def _expire(self, outbox: Outbox, queue: str, limit: int) -> int:
         watch = self._watches[queue]

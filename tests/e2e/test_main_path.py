@@ -87,11 +87,11 @@ def test_what_was_in_hand_when_the_phone_removed_the_device_is_not_sent_again(wo
     eventually(lambda: len(world.arrived(to=CONTACT)) == 2)
     world.control.logout_device(phone)
     world.await_state("sales", "logged_out")
+    [outcome] = world.await_outcomes([job])
+    assert outcome["status"] == "unknown" and "unlinked" in outcome["error"]
     with world.linking("sales") as lines:
         world.control.scan(next(line["code"] for line in lines), phone=phone)
         assert list(lines)[-1]["event"] == "linked"
-    [outcome] = world.await_outcomes([job])
-    assert outcome["status"] == "unknown" and "unlinked" in outcome["error"]
     world.await_outcomes([world.enqueue("sales", CONTACT, "after", "m3")])
     assert [row["text"] for row in world.arrived(to=CONTACT)] == ["before", "in hand", "after"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from rq import Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from support import RedisServer, eventually
 
@@ -60,6 +60,18 @@ def enqueue(redis: Redis, session: str, message_id: str = "m1", *, lane: str = "
 def ended(redis: Redis, job: Job) -> tuple[str, str | None]:
     fresh = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
     return fresh.get_status(), (fresh.meta.get("outcome") or {}).get("error")
+
+
+def test_what_was_in_hand_when_its_session_was_deleted_is_not_called_failed(
+    redis: Redis, keeper: Keeper
+) -> None:
+    jobs = [enqueue(redis, "gone", id) for id in ("m1", "m2")]
+    redis.lmove("rq:queue:wa:out:gone", "rq:queue:wa:out:gone:intermediate")
+    jobs[0].set_status(JobStatus.STARTED)
+    keeper.sweep()
+    words = [Job.fetch(job.id, redis, JSONSerializer).meta["outcome"] for job in jobs]
+    assert [word["status"] for word in words] == ["unknown", "failed"]
+    assert words[0]["error"] == "session deleted before WhatsApp's answer came"
 
 
 def test_jobs_of_unknown_and_deleted_sessions_fail_with_the_reason(

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from redis import Redis
 from rq import Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from support import eventually
 
 from storage.errors import LedgerUnavailable
 from storage.ledger import Claim, Ledger, Settlement
-from storage.sessions import Sessions
+from storage.sessions import Sessions, StateRecord
 from whatsapp_worker import client
 from whatsapp_worker.client import Outbox
 from whatsapp_worker.errors import CommandTimeout, UsageError
@@ -173,6 +173,38 @@ def test_a_due_message_keeps_its_place_by_time_of_enqueueing(host: Host) -> None
     outbox._move(outbox._lane("wa:out:sales"), due)  # another saw the same ones due
     assert order() == [f"m{number}" for number in range(9)]
     outbox.close()
+
+
+def popped(host: Host, job: Job) -> None:
+    """As if a device process had begun to send it, and died."""
+    host.in_hand(job, job.kwargs["message_id"])
+    host.redis.lmove("rq:queue:wa:out:sales", "rq:queue:wa:out:sales:intermediate")
+    job.set_status(JobStatus.STARTED)
+
+
+def test_what_is_in_hand_when_a_session_ends_for_good_is_settled_though_none_follows(
+    host: Host,
+) -> None:
+    job, later = host.send("m1"), host.send("m2")
+    popped(host, job)
+    wanted = host.sessions.wanted("sales")
+    assert wanted is not None
+
+    def is_now(state: str) -> None:
+        record = StateRecord(generation=wanted.generation, state=state, since=1.0)
+        host.sessions.put_state("sales", record)
+        host.keeper.sweep()
+
+    is_now("reconnecting")
+    assert host.status(job) == host.row("m1") == "sending", "the next one looks"
+    with host.sessions.session_lock("sales"):
+        is_now("logged_out")
+        assert host.status(job) == host.row("m1") == "sending", "it has not ended yet"
+    is_now("logged_out")
+    assert host.status(job) == host.row("m1") == "unknown", "its credentials went, and their proof"
+    assert host.status(later) == "queued"
+    assert host.events() == ["message.unknown"]
+    assert not host.redis.exists("rq:queue:wa:out:sales:intermediate")
 
 
 def test_what_rqs_own_cancel_took_out_is_cancelled_for_everybody(host: Host) -> None:
