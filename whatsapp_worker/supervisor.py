@@ -622,6 +622,8 @@ class Supervisor:
         while self._processes:
             self._wait()
             now = time.monotonic()
+            if self._helper is not None and not self._helper.is_running():
+                self._on_helper_gone(self._helper, now)
             self._reap(now)
             self._hear(now)
             for run in self._processes.values():

@@ -340,6 +340,27 @@ def test_nohup_is_obeyed(world: World) -> None:
         supervisor.wait()
 
 
+def test_a_fork_helper_that_dies_during_the_end_does_not_make_the_loop_spin(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, SHUTDOWN_TIMEOUT_S="6")
+    try:
+        world.start().link("sales")
+        os.kill(world.state("sales")["pid"], signal.SIGSTOP)  # so that the end takes its time
+        assert world.supervisor is not None
+        supervisor = psutil.Process(world.supervisor.pid)
+        helper = helper_of(world)
+        world.supervisor.send_signal(signal.SIGTERM)
+        helper.kill()
+        time.sleep(1)
+        before = supervisor.cpu_times().user
+        time.sleep(2)
+        assert supervisor.cpu_times().user - before < 0.5
+        assert world.supervisor.wait(10) == 9
+    finally:
+        world.close()
+
+
 @pytest.fixture
 def hanging_world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path, HANG_TIMEOUT_S="4", HEALTH_CHECK_INTERVAL_S="1")
