@@ -1,10 +1,11 @@
 """What the purge asks of Redis: which sessions have messages waiting, and what is left over."""
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from redis import Redis
+from redis import Redis, ResponseError
 from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
 
@@ -18,6 +19,8 @@ from whatsapp_worker.keys import (
     session_of_queue,
 )
 from whatsapp_worker.stream import EventStream
+
+log = logging.getLogger(__name__)
 
 WORKER_PREFIX = "wa-maintenance-"  # names of our RQ workers
 _BATCH = 500
@@ -36,7 +39,10 @@ class PurgeQueues:
         self._result_ttl_s = result_ttl_s
 
     def waiting(self, sessions: Collection[str]) -> dict[str, int]:
-        """How many jobs wait for each session, or are in hand; one round trip."""
+        """How many jobs wait for each session, or are in hand; one round trip.
+
+        A session whose queues hold something else than jobs is left out.
+        """
         pipeline = self._redis.pipeline(transaction=False)
         for session in sessions:
             for queue in _queues(session):
@@ -44,11 +50,13 @@ class PurgeQueues:
                 pipeline.llen(f"{RQ_KEY_PREFIX}:queue:{queue}:intermediate")
                 for registry in ("scheduled", "deferred", "wip"):
                     pipeline.zcard(f"{RQ_KEY_PREFIX}:{registry}:{queue}")
-        replies = pipeline.execute()
+        replies = pipeline.execute(raise_on_error=False)
         each = 2 * len(_WAITING)
+        counts = [replies[start : start + each] for start in range(0, len(replies), each)]
         return {
-            session: sum(replies[number * each : (number + 1) * each])
-            for number, session in enumerate(sessions)
+            session: sum(found)
+            for session, found in zip(sessions, counts, strict=True)
+            if not any(isinstance(count, ResponseError) for count in found)
         }
 
     def fail(self, session: str) -> int:
@@ -68,14 +76,22 @@ class PurgeQueues:
         if dry_run:
             return
         for queue in self._outbound_queues():
-            self._expire(queue)
-            found = session_of_queue(queue)
-            if found and found[0] in known:
-                continue
-            if fails_jobs:
-                yield "jobs", self._fail_all(queue, "unknown session")
-            yield "queues", self._drop_if_empty(queue)
+            try:
+                yield from self._sweep(queue, known, fails_jobs=fails_jobs)
+            except ResponseError as error:
+                log.warning("queue.not_swept", extra={"queue": queue, "problem": str(error)})
         yield "workers", self._drop_dead_workers()
+
+    def _sweep(
+        self, queue: str, known: Collection[str], *, fails_jobs: bool
+    ) -> Iterator[tuple[str, int]]:
+        self._expire(queue)
+        found = session_of_queue(queue)
+        if found and found[0] in known:
+            return
+        if fails_jobs:
+            yield "jobs", self._fail_all(queue, "unknown session")
+        yield "queues", self._drop_if_empty(queue)
 
     def tell(self, event: Event, payload: Mapping[str, Any]) -> None:
         self._stream.add(event, "", payload)

@@ -343,6 +343,22 @@ def test_queues_of_unknown_sessions_are_emptied_and_forgotten(
     assert known.get_status() == "queued"
 
 
+def test_a_queue_that_is_no_list_costs_the_others_nothing(
+    config: Settings, sessions: Sessions, redis: "Redis"
+) -> None:
+    for name in ("odd", "aaa-unknown"):
+        redis.sadd("rq:queues", f"rq:queue:wa:out:{name}")
+        redis.set(f"rq:queue:wa:out:{name}", "nonsense")
+    make(sessions, "odd", touched_at=NOW - 301)
+    make(sessions, "old", touched_at=NOW - 301)
+    job = enqueue(redis, "nobody")
+    report = purge(config)
+    assert sessions.ids() == ["odd"]
+    assert [skipped["session"] for skipped in report.skipped] == ["odd"]
+    assert report.purged["jobs"] == 1 and report.is_complete
+    assert job.get_status(refresh=True) == "failed"
+
+
 def test_many_queues_are_emptied_over_few_connections(
     config: Settings, sessions: Sessions, redis: "Redis"
 ) -> None:
