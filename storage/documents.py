@@ -282,7 +282,8 @@ class Document:
             return None
         older = sorted(self.path.parent.glob(self.path.name + ".corrupt-*"))[:-MAX_CORRUPT]
         for path in older:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         return kept.name
 
     def _save(self, fields: Fields, *, keep_backup: bool = False) -> None:

@@ -158,7 +158,8 @@ def end(process: "subprocess.Popen[bytes]", *, timeout_s: float) -> bool:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it sleeps where nothing wakes it
+            process.wait(1.0)
         return False
     return True
 

@@ -45,6 +45,17 @@ def put(document: Document, value: object) -> None:
     document.update(lambda _: {"value": value})
 
 
+def test_older_damaged_versions_that_cannot_be_removed_do_not_stop_a_recovery(
+    document: Document,
+) -> None:
+    for number in range(MAX_CORRUPT + 1):
+        (document.path.parent / f"thing.json.corrupt-{number}").mkdir()
+    put(document, 1)
+    put(document, 2)
+    document.path.write_bytes(b"{")
+    assert (document.read() or {})["value"] == 1
+
+
 def test_a_document_never_written_is_none(document: Document) -> None:
     assert document.read() is None
 
