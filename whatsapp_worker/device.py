@@ -445,9 +445,11 @@ def _data_source(database: Path) -> str:
 
     neonize asks for no journal mode: SQLite then makes, syncs and deletes a journal for each of
     the several commits of a send. A write-ahead log that is synced at every commit is as durable
-    (recovery relies on it) and was measured 3 times as fast. The last name takes neonize's tail.
+    (recovery relies on it) and was measured 3 times as fast. 512 KiB of its pages in our memory do
+    as well as 2 MiB: the system has the file in its own. The last name takes neonize's tail.
     """
-    return f"{quote(str(database))}?_foreign_keys=on&_journal_mode=WAL&_synchronous=FULL&_tail="
+    how = "_foreign_keys=on&_journal_mode=WAL&_synchronous=FULL&_cache_size=-512"
+    return f"{quote(str(database))}?{how}&_tail="
 
 
 def _log_writer(session: str) -> Callable[[int, int], None]:
