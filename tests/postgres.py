@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 import pytest
@@ -65,9 +66,10 @@ class Server:
                 assert time.monotonic() < deadline, "PostgreSQL did not start"
                 time.sleep(0.05)
 
-    def stop(self) -> None:
+    def stop(self, how: str = "fast") -> None:
+        """Every connection ends; after "immediate" the next start recovers, as from a crash."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)  # fast shutdown: ends every connection
+            self._process.send_signal({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[how])
             self._process.wait(30)
             self._process = None
 
@@ -97,11 +99,11 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
-def missing() -> str:
+def missing(how: str = HOW) -> NoReturn:
     """Fail in CI, skip on a laptop; says how to get it."""
     if os.environ.get("CI") == "true":
-        pytest.fail(HOW)
-    pytest.skip(HOW)
+        pytest.fail(how)
+    pytest.skip(how)
 
 
 def binaries() -> Path | None:
