@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import pytest
 
 from storage.locks import FileLock
 from storage.sessions import Sessions, StateRecord, Wanted
+from whatsapp_worker import telemetry
 from whatsapp_worker.cli import host, main
 
 
@@ -225,6 +228,18 @@ def test_a_command_on_an_unknown_session_says_where_it_looked_and_how_to_make_on
     assert main(["stop", "sales"]) == 3
     told = capsys.readouterr().err
     assert str(sessions.data_dir.absolute()) in told and "whatsapp-worker link sales" in told
+
+
+def test_logs_end_quietly_when_nobody_reads_on_and_say_when_there_is_nothing(sessions, capsys):
+    path = telemetry.log_file(sessions.data_dir)
+    path.parent.mkdir()
+    line = json.dumps({"time": "t", "level": "INFO", "event": "e", "session": "sales"})
+    path.write_text(f"{line}\n" * 1000)
+    command = f"{sys.executable} -m whatsapp_worker.cli logs --lines 1000 | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert main(["logs", "support"]) == 0
+    assert "No such line yet" in capsys.readouterr().err
 
 
 def test_a_data_folder_that_is_a_file_is_said_in_one_sentence(sessions, monkeypatch, capsys):

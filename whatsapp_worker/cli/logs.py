@@ -23,7 +23,7 @@ def logs(options: Options, settings: Settings) -> int:
     """Serve `logs [SESSION]`."""
     try:
         return _logs(options, settings)
-    except OSError as error:
+    except PermissionError as error:
         raise CommandFailed(f"the log files cannot be read: {reason(error)}") from error
 
 
@@ -48,7 +48,9 @@ def _logs(options: Options, settings: Settings) -> int:
     for facts in last:
         _show(options, facts)
     if not files:
-        talk(f"No log file in {path.parent} yet.")
+        talk(f"No log file in {path.parent.absolute()} yet.")
+    elif not last:
+        talk("No such line yet.")
     if options.follow:
         _follow(options, path, position, matches)
     return 0
