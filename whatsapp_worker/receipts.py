@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from storage.errors import StorageError
 from storage.ledger import Ledger
+from storage.ledger import Receipt as KeptReceipt
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.facts import Inbound, Receipt
 from whatsapp_worker.stream import EventStream, event_id
@@ -75,6 +76,7 @@ class FactWriter:
         self._todo: deque[_Item] = deque()
         self._lock = threading.Lock()
         self._closed_at: float | None = None  # monotonic; when writing is given up
+        self._closing = threading.Event()
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="facts", daemon=True)
 
@@ -114,8 +116,10 @@ class FactWriter:
                 self._known_text -= len(forgotten.metadata or "")
 
     def close(self, *, timeout_s: float = 1.0) -> None:
-        """Write what waits, at most for `timeout_s`, and end the thread."""
+        """Write what waits, at most for `timeout_s`, and end the thread. Receipts for which Redis
+        is not there go to the ledger."""
         self._closed_at = time.monotonic() + timeout_s
+        self._closing.set()
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)  # ends the wait
         if self._thread.is_alive():
@@ -133,8 +137,24 @@ class FactWriter:
             except RedisError as error:
                 extra = {"session": self._session, "error": repr(error)}
                 log.warning("facts.redis_lost", extra=extra)
-                time.sleep(rest_s)
+                if self._closing.is_set():
+                    self._leave_to_the_ledger()
+                    return
+                self._closing.wait(rest_s)
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
+
+    def _leave_to_the_ledger(self) -> None:
+        """Else nobody would ever hear of these receipts: WhatsApp tells each once."""
+        while not self._waiting.empty():
+            self._todo.extend(self._take())
+        found = [
+            KeptReceipt(item.wa_message_id, item.fact.kind, item.fact.at)
+            for item in self._todo
+            if isinstance(item.fact, Receipt)
+        ]
+        if self._ledger is not None and found:
+            with contextlib.suppress(StorageError):
+                self._ledger.receipts(found, now=time.time())
 
     def _is_done(self) -> bool:
         is_empty = not self._todo and self._waiting.empty()

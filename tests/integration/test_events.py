@@ -80,6 +80,19 @@ def has_status(ledger: Ledger, message_id: str, status: str) -> bool:
     return row is not None and row.status == status
 
 
+def test_receipts_outlive_a_process_that_ends_while_redis_is_away(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    ledger = Ledger.open(tmp_path / "ledger.db", SESSION)
+    with writing(redis_server.url, ledger=ledger) as writer:
+        redis_server.kill()
+        writer.offer(receipt("WA1"))
+        writer.offer(receipt("WA2", "WA3"))
+    kept = [(kept.wa_message_id, kept.status) for kept in ledger.pending_receipts()]
+    assert sorted(kept) == [("WA1", "delivered"), ("WA2", "delivered"), ("WA3", "delivered")]
+    ledger.close()
+
+
 def test_a_receipt_names_the_message_of_the_crm(
     redis: Redis, shared_redis_server: RedisServer
 ) -> None:
