@@ -780,8 +780,9 @@ class Consumer:
             if self._known is not None:
                 self._ledger.settle(self._known.written)
                 self._mark_settled()
-            self._flush(pop=False)
-            self._outbox.resync()
+            if self._trouble != "redis":
+                self._flush(pop=False)
+                self._outbox.resync()
         except (RedisError, StorageError) as error:
             log.warning(
                 "consumer.left_untidy", extra={"session": self.session, "error": repr(error)}

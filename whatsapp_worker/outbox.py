@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK_S = 0.5  # of one BLMOVE: bounds how long leaving takes
 _LATE_S = 5.0  # after which an answer to it does not come any more
+_SILENT_S = 1.0  # the same for one that is about to leave
 _BATCH = 1000
 _PAGE = 200  # jobs that are read whole in one round trip
 
@@ -619,20 +620,34 @@ class Outbox:
 
     def close(self) -> None:
         """Give its connections back to the client's pool; the next use takes new ones."""
-        self._hang_up()
+        with contextlib.suppress(RedisTimeout):
+            self._hang_up()
         for lane in self._lanes:
             lane.wire.close()
 
     def _hang_up(self) -> None:
-        """End the connections that wait; what their BLMOVE popped is in a limbo list."""
+        """End the connections that wait; what their BLMOVE popped is in a limbo list.
+
+        Raises:
+            RedisTimeout: Redis is silent.
+        """
         self._wire.close()
-        waiting = [lane for lane in self._lanes if lane.asked_at is not None]
-        for lane in waiting:
+        # Answered within _BLOCK_S; a connection cut off instead might pop until Redis notices,
+        # after we have looked.
+        deadline = time.monotonic() + _BLOCK_S + _SILENT_S
+        is_silent = False
+        for lane in self._lanes:
+            if lane.asked_at is None:
+                continue
             lane.asked_at = None
-            with contextlib.suppress(RedisError):
-                # Answered within _BLOCK_S; a connection cut off instead might pop until Redis
-                # notices, after we have looked.
-                lane.wire.read()
+            if lane.wire.is_answered(max(0.0, deadline - time.monotonic())):
+                with contextlib.suppress(RedisError):
+                    lane.wire.read()
+            else:
+                lane.wire.close()
+                is_silent = True
+        if is_silent:
+            raise RedisTimeout("a BLMOVE was not answered in time")
 
     # Knowing
 

@@ -293,6 +293,18 @@ def test_a_second_signal_insists_though_a_process_is_stuck(world: World) -> None
     eventually(lambda: not alive(pid), within_s=5)
 
 
+def test_a_redis_that_fell_silent_does_not_force_the_end(world: World) -> None:
+    world.link("sales")
+    redis = world.redis.info("server")["process_id"]
+    os.kill(redis, signal.SIGSTOP)
+    try:
+        assert world.supervisor is not None
+        world.supervisor.send_signal(signal.SIGTERM)
+        assert world.supervisor.wait(15) == 0
+    finally:
+        os.kill(redis, signal.SIGCONT)
+
+
 def test_a_stuck_process_is_killed_within_the_shutdown_time(tmp_path: Path) -> None:
     world = World(tmp_path, SHUTDOWN_TIMEOUT_S="6")
     try:
