@@ -209,6 +209,13 @@ class Thousand:
         lines = [line for line in text.splitlines() if event in line]
         return {name for name in SESSIONS if any(f"session={name} " in line for line in lines)}
 
+    def processes(self) -> list[psutil.Process]:
+        """Those that send and tell."""
+        assert self.world.supervisor is not None
+        supervisor = psutil.Process(self.world.supervisor.pid)
+        events = psutil.Process(self.world.events.pid)
+        return [supervisor, events, *supervisor.children(recursive=True)]
+
     def _log_size(self) -> int:
         return len((self.world.folder / "run.log").read_text(errors="replace"))
 
@@ -349,13 +356,25 @@ def full_disk(run: Thousand) -> Iterator[None]:
 
 
 def _limit_files(run: Thousand, limit: int) -> None:
-    assert run.world.supervisor is not None
-    supervisor = psutil.Process(run.world.supervisor.pid)
-    processes = [supervisor, psutil.Process(run.world.events.pid)]
-    for _ in range(2):  # what a process forked that had the former limit is among its children
-        for process in [*processes, *supervisor.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.rlimit(psutil.RLIMIT_FSIZE, (limit, psutil.RLIM_INFINITY))
+    """For all that runs and will run; what is being forked shows a moment later."""
+    clean_looks = 0
+
+    def is_done() -> bool:
+        nonlocal clean_looks
+        others = [process for process in run.processes() if _set_limit(process, limit)]
+        clean_looks = 0 if others else clean_looks + 1
+        return clean_looks == 20
+
+    eventually(is_done, what="the limit holds for everybody")
+
+
+def _set_limit(process: psutil.Process, limit: int) -> bool:
+    """Whether it had another one."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        had, _ = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (limit, psutil.RLIM_INFINITY))
+        return bool(had != limit)
+    return False
 
 
 def test_sqlite_locked_and_full(tmp_path: Path) -> None:
