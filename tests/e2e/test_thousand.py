@@ -347,32 +347,33 @@ def locked(run: Thousand) -> Iterator[None]:
 def full_disk(run: Thousand) -> Iterator[None]:
     """Whatever a process of ours writes to a file finds no place for it."""
     began = time.time() - SEND_TIMEOUT_S
-    _limit_files(run, 0)
+    _fill_disk(run, True)
     try:
         yield
     finally:
-        _limit_files(run, psutil.RLIM_INFINITY)
+        _fill_disk(run, False)
         run.full_disk = (began, time.time())
 
 
-def _limit_files(run: Thousand, limit: int) -> None:
+def _fill_disk(run: Thousand, is_full: bool) -> None:
     """For all that runs and will run; what is being forked shows a moment later."""
     clean_looks = 0
 
     def is_done() -> bool:
         nonlocal clean_looks
-        others = [process for process in run.processes() if _set_limit(process, limit)]
+        others = [process for process in run.processes() if _limit_files(process, is_full)]
         clean_looks = 0 if others else clean_looks + 1
         return clean_looks == 20
 
     eventually(is_done, what="the limit holds for everybody")
 
 
-def _set_limit(process: psutil.Process, limit: int) -> bool:
-    """Whether it had another one."""
+def _limit_files(process: psutil.Process, is_full: bool) -> bool:
+    """The process may write nothing to files, or all that it might; whether that is new."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        had, _ = process.rlimit(psutil.RLIMIT_FSIZE)
-        process.rlimit(psutil.RLIMIT_FSIZE, (limit, psutil.RLIM_INFINITY))
+        had, most = process.rlimit(psutil.RLIMIT_FSIZE)
+        limit = 0 if is_full else most
+        process.rlimit(psutil.RLIMIT_FSIZE, (limit, most))
         return bool(had != limit)
     return False
 
