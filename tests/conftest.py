@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from support import RedisServer
+
+# A shell that starts the tests in the background has SIGINT ignored, and so would every child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

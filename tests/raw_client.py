@@ -60,9 +60,12 @@ class RawClient:
                 if is_wanted(line):
                     self._seen.remove(line)
                     return line
-            try:
-                new = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            left_s = deadline - time.monotonic()
+            try:  # another thread may take what this one waits for, and lay it where both look
+                new = self._lines.get(timeout=min(0.2, max(0.0, left_s)))
             except queue.Empty:
+                if left_s > 0:
+                    continue
                 new = None
             if new is None:
                 raise AssertionError(f"no {event} {facts} within {within_s} s; saw {self._seen}")

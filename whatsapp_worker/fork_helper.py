@@ -239,4 +239,5 @@ def main(descriptor: int, *, plain: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), plain=PLAIN in sys.argv[2:]))
+    # Without waiting for a thread that a package may have started.
+    os._exit(main(int(sys.argv[1]), plain=PLAIN in sys.argv[2:]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from world import World, eventually
 
@@ -248,9 +249,8 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
     world = World(tmp_path, HEALTH_CHECK_INTERVAL_S="0.5")
     try:
         phone = world.start().link("sales")
-        first = eventually(lambda: world.state("sales")["rss_mib"])  # told before the login
-        eventually(lambda: world.state("sales")["rss_mib"] != first)
-        rss_mib = world.state("sales")["rss_mib"]
+        pid = world.await_state("sales", "connected")["pid"]
+        rss_mib = eventually(lambda: _told_truly(world, pid), what="its size is told")
         assert world.supervisor is not None
         world.supervisor.terminate()
         world.supervisor.wait(15)
@@ -267,6 +267,12 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
     finally:
         world.close()
         print(world.logs())
+
+
+def _told_truly(world: World, pid: int) -> float | None:
+    """What its state says of the process's memory, once that is what it has."""
+    told: float = world.state("sales")["rss_mib"] or 0.0
+    return told if abs(told - psutil.Process(pid).memory_info().rss / 2**20) < 5 else None
 
 
 def _last_gap_s(world: World, phone: str) -> float:
