@@ -4,6 +4,7 @@ When an id is used again after its deletion, or linked to another number, what w
 that moment is held until an operator decides. An operator may also pause the whole queue.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,28 @@ class Hold:
     used, and those that write LockHeld (transient)."""
 
     def __init__(self, folder: Path) -> None:
-        self._document = Document(folder / "queue.json", version=VERSION, check=_check)
+        self._path = folder / "queue.json"
+        self._document = Document(self._path, version=VERSION, check=_check)
+        self._seen: tuple[tuple[int, int, int], Standing] | None = None
 
     def read(self) -> Standing:
-        """What keeps the queue now."""
+        """What keeps the queue now; asked several times a second, so an unchanged file is not
+        read again."""
+        file = self._identity()
+        if self._seen is not None and self._seen[0] == file:
+            return self._seen[1]
         fields = self._document.read() or {}
-        return Standing(fields.get("held_before"), fields.get("paused_at"))
+        standing = Standing(fields.get("held_before"), fields.get("paused_at"))
+        self._seen = None if file is None else (file, standing)
+        return standing
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        """Of the file as it is now: every write makes a new one."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def before(self) -> float | None:
         """Unix seconds: what was enqueued earlier is held; None when nothing is."""

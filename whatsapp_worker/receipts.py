@@ -25,7 +25,7 @@ MAX_WAITING = 10_000  # facts
 _REMEMBERED = 2000  # messages whose ids are known without asking the ledger; 0.4 KiB each
 _REMEMBERED_TEXT = 512 * 1024  # characters of their metadata
 _BATCH = 200
-_LOOK_S = 1.0
+_LOOK_S = 30.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
 # A receipt may overtake the return of the send that it is for.
 _OVERTAKING_S = 0.5
