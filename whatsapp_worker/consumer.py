@@ -47,6 +47,7 @@ from storage.ledger import (
 from whatsapp_worker import recovery
 from whatsapp_worker.breaker_board import BreakerBoard
 from whatsapp_worker.breakers import Breaker, Phase
+from whatsapp_worker.calls import CallThread, Limit
 from whatsapp_worker.content import needs_preparing
 from whatsapp_worker.device import SendAck, SendFailed
 from whatsapp_worker.errors import MediaFailed
@@ -58,7 +59,6 @@ from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.pacer import Pacer, pace_of
 from whatsapp_worker.rq_job import Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
-from whatsapp_worker.sender import Limit, Sender
 from whatsapp_worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -214,9 +214,9 @@ class Consumer:
         self._known_contacts: set[str] = set()  # hashes of numbers that were written to
         self._show_typing = show_typing
         self._is_held = False  # what is next was enqueued for another number
-        self._loop: Sender[Ending] = Sender("consumer")
-        self._exchanger: Sender[bool] = Sender("exchange")
-        self._preparer: Sender[Any] | None = None  # made for the first file
+        self._loop: CallThread[Ending] = CallThread("consumer")
+        self._exchanger: CallThread[bool] = CallThread("exchange")
+        self._preparer: CallThread[Any] | None = None  # made for the first file
         self._limit = Limit()
         self._stop_at: float | None = None  # monotonic; when the send in hand is given up
         self._wake, self._waker = os.pipe()
@@ -539,7 +539,7 @@ class Consumer:
             MediaFailed: Not within MEDIA_TIMEOUT_S.
         """
         if self._preparer is None:
-            self._preparer = Sender("prepare")
+            self._preparer = CallThread("prepare")
             self._preparer.start()
         self._preparer.begin(lambda: prepare(content))
         deadline = time.monotonic() + self._settings.media_timeout_s + _LOOK_S

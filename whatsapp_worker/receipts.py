@@ -25,7 +25,6 @@ MAX_WAITING = 10_000  # facts
 _REMEMBERED = 2000  # messages whose ids are known without asking the ledger; 0.4 KiB each
 _REMEMBERED_TEXT = 512 * 1024  # characters of their metadata
 _BATCH = 200
-_LOOK_S = 30.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
 # A receipt may overtake the return of the send that it is for.
 _OVERTAKING_S = 0.5
@@ -131,8 +130,8 @@ class FactWriter:
             if len(self._todo) < _BATCH:
                 self._todo.extend(self._take())
             try:
-                if self._write_all() and self._closed_at is None:
-                    time.sleep(_GATHER_S)
+                if self._write_all():
+                    self._closing.wait(_GATHER_S)
                 rest_s = _FIRST_REST_S
             except RedisError as error:
                 extra = {"session": self._session, "error": repr(error)}
@@ -162,7 +161,7 @@ class FactWriter:
 
     def _take(self) -> Iterator[_Item]:
         """What was offered, one item for each WhatsApp id; waits a little when there is none."""
-        wait_s = _RETRY_S if self._todo else _LOOK_S
+        wait_s = _RETRY_S if self._todo else None  # `close` ends the wait
         with contextlib.suppress(queue.Empty):
             for _ in range(_BATCH):
                 fact = self._waiting.get(timeout=wait_s)

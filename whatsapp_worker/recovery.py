@@ -65,9 +65,9 @@ def _nobody_can_tell(secrets: Iterable[bytes]) -> Mapping[bytes, str]:
     return dict.fromkeys(secrets, "")
 
 
-def settle_abandoned(sessions: Sessions, *, ledger: Ledger, outbox: Outbox) -> bool:
-    """Recover for a session that no process runs; False, and nothing is done, where one does or
-    the device database cannot be read now.
+def settle_abandoned(sessions: Sessions, *, ledger: Ledger, outbox: Outbox) -> None:
+    """Recover for a session that no process runs. Nothing is done where one does, or where the
+    device database cannot be read now.
 
     Raises:
         RedisError, StorageError: As their calls do; call it again.
@@ -76,17 +76,16 @@ def settle_abandoned(sessions: Sessions, *, ledger: Ledger, outbox: Outbox) -> b
     try:
         lock.acquire(0.0)
     except LockHeld:
-        return False
+        return
     with lock:
         try:
             who = device_store.identity(sessions.folder(outbox.session) / "device.db")
             handed_over = witness(sessions, outbox.session, who.jid if who else None)
             recover(ledger=ledger, outbox=outbox, handed_over=handed_over)
         except DeviceStoreUnavailable:
-            return False
+            return
         except DeviceStoreBroken:  # damaged: nobody will ever know
             recover(ledger=ledger, outbox=outbox, handed_over=_nobody_can_tell)
-    return True
 
 
 def recover(*, ledger: Ledger, outbox: Outbox, handed_over: HandedOver) -> None:

@@ -9,9 +9,9 @@ from typing import Generic, NoReturn, TypeVar
 T = TypeVar("T")
 
 
-class Sender(threading.Thread, Generic[T]):
-    """Makes one call at a time. A call that was given up keeps the thread for as long as it
-    lasts: then nothing more can be begun."""
+class CallThread(threading.Thread, Generic[T]):
+    """Makes calls for another thread, one at a time. A call that was given up keeps it for as
+    long as it lasts: then nothing more can be begun."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
