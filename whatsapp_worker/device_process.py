@@ -3,12 +3,13 @@
     lock, credentials, ledger, Redis
       └─ recover: settle what the last process left, while nothing has device.db open
            └─ dial, log in (neonize on a side thread)
-                └─ consume the queue (main thread) until the first thing that ends it
+                └─ consume the queue until the first thing that ends it
                      └─ the send in hand, the last word to the supervisor, os._exit
 
-Threads: `main` consumes; `leash` hears the supervisor and SIGTERM, beats and forces the end;
-`probe` asks neonize whether the socket is up, and may hang with it; neonize's event thread
-translates and hands over; one thread sends, one writes receipts.
+Threads: `main` watches the consumer's; `leash` hears the supervisor and SIGTERM, beats and forces
+the end; `probe` asks neonize whether the socket is up, and may hang with it; neonize's event
+thread translates and hands over; `consumer` sends, `exchange` talks to Redis meanwhile, `facts`
+writes receipts.
 """
 
 import functools

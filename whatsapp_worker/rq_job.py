@@ -143,15 +143,13 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
     problem: WorkerError | None
     kept, problem = _read_record(fields)
     meta: Mapping[str, Any] = {}
-    metadata: Mapping[str, Any] = {}
+    kwargs: Mapping[str, Any] = {}
     order = message_id = content_hash = None
     try:
         meta = _read_meta(fields.get("meta", b""))
         kwargs = _read_kwargs(fields.get("data", b""))
         message_id = _text(kwargs.get("message_id"))
         content_hash = _text(kwargs.get("content_hash"))
-        if "metadata" in kwargs:
-            metadata = readable_metadata(kwargs["metadata"])
         if problem is None:
             order = _order(kwargs, session, queue)
             content_hash = order.content_hash
@@ -165,7 +163,7 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
         problem=problem,
         message_id=message_id,
         content_hash=content_hash,
-        metadata=metadata,
+        metadata=order.metadata if order else readable_metadata(kwargs.get("metadata")),
         enqueued_at=_enqueued_at(kept),
         status=kept.get("status", ""),
         meta=meta,
