@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -322,7 +323,7 @@ def _parse(data: bytes) -> Fields:
     if len(data) > MAX_BYTES:
         raise _Damage(f"longer than {MAX_BYTES} bytes")
     try:
-        fields = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        fields = json.loads(data.decode("utf-8"), parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise _Damage(f"no JSON ({error!s:.200})") from error
     if not isinstance(fields, dict):
@@ -333,8 +334,11 @@ def _parse(data: bytes) -> Fields:
     return fields
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
+def _number(word: str) -> float:
+    """Only one that can be written again."""
+    if not math.isfinite(value := float(word)):
+        raise ValueError(f"{word} is not JSON")
+    return value
 
 
 def write_synced(path: Path, data: bytes, mode: int) -> None:

@@ -30,8 +30,8 @@ class Hold:
         self._seen: tuple[tuple[int, int, int], Standing] | None = None
 
     def read(self) -> Standing:
-        """What keeps the queue now; asked several times a second, so an unchanged file is not
-        read again."""
+        """What keeps the queue now; asked before each message, so an unchanged file is not read
+        again."""
         file = self._identity()
         if self._seen is not None and self._seen[0] == file:
             return self._seen[1]

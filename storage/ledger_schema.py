@@ -14,15 +14,15 @@ from storage.errors import LedgerBroken, LedgerNewer, LedgerUnavailable
 from storage.ledger_tables import HEAD, KNOWN_REVISIONS, messages, metadata
 
 VERSION_TABLE = "ledger_version"
-CHECK_S = 0.2  # of a SQLite file at each opening, some 20,000 rows; `doctor` looks at all of it
+CHECK_S = 0.2  # of a SQLite file new to the process, some 20,000 rows; `doctor` looks at all
 _CURRENT = Statement(sa.text(f"SELECT version_num FROM {VERSION_TABLE}"))
 _ADVISORY_LOCK = 0x1ED6E4  # one process at a time changes the schema
 
 
-def prepare(database: Database) -> None:
+def prepare(database: Database, *, is_owner: bool, was_sound: bool) -> None:
     """Check and upgrade; see `Ledger.open` for what it raises."""
     if database.is_sqlite:
-        _check_file(Path(database.location))
+        _check_file(Path(database.location), is_owner=is_owner, was_sound=was_sound)
     with contextlib.suppress(LedgerUnavailable):  # there is no such table yet
         if database.run(_CURRENT, {}) == [(HEAD,)]:
             return
@@ -37,12 +37,18 @@ def held_path(path: Path) -> Path:
     return path.with_name(path.name + ".held")
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, *, is_owner: bool, was_sound: bool) -> None:
     held = held_path(path)
     if held.exists():
         raise LedgerBroken(held.read_text(errors="replace").strip())
-    if not sqlite_files.problems(path, timeout_s=CHECK_S):
+    problems = [] if was_sound else sqlite_files.problems(path, timeout_s=CHECK_S)
+    if not problems:
         return
+    if not is_owner:  # the process that runs the session may have it open
+        raise LedgerUnavailable(
+            f"{path} is damaged ({problems[0]}); it is repaired or set aside when its session"
+            " starts next"
+        )
     if sqlite_files.repair(path):
         return
     aside = sqlite_files.name_aside(path)

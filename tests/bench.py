@@ -1,6 +1,6 @@
 """`make bench`: how fast and how small, each figure beside a raw neonize loop of the same run.
 
-Prints a table; no figure passes or fails. Runs on loopback only, ends by itself in about four
+Prints a table; no figure passes or fails. Runs on loopback only, ends by itself in about five
 minutes, and leaves nothing behind. `python tests/bench.py --quick` does a tenth of the work.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,21 @@ from rq.serializers import JSONSerializer
 from support import eventually
 from world import World
 
+from whatsapp_worker import heap
+from whatsapp_worker.reports import Channel
+
 CONTACT = "552198888{:04d}"
+SETTLE_S, IDLE_S = 3, 20  # after a login of raw clients; of quiet
+FRESH = """
+import os, socket, sys
+from whatsapp_worker import device_process, telemetry
+from whatsapp_worker.reports import Channel
+from whatsapp_worker.settings import Settings
+settings = Settings.read(os.environ)
+telemetry.set_up(settings)
+channel = Channel(socket.socket(fileno=int(sys.argv[2])))
+device_process.main(sys.argv[1], channel, settings)
+"""
 LOGGED_IN, LOADED = "logged in", "after its load"
 
 
@@ -65,6 +80,7 @@ class Bench:
         self._throughput(self.raws[:1], self.fleet[:1], self.messages)
         self._memory(self.fleet[:1], LOADED)
         self._fork_to_connected_alone()
+        self._fork_helper()
         self._link(self.fleet[1:])
         self._memory(self.fleet, LOGGED_IN)
         senders = self.fleet[: len(self.raws)]
@@ -177,7 +193,7 @@ class Bench:
     def _memory(self, sessions: list[str], when: str) -> None:
         """What a device process has to itself; alone on a host that is its libraries, too."""
         pids = [self.world.state(name)["pid"] for name in sessions]
-        mean = statistics.mean(psutil.Process(p).memory_full_info().uss for p in pids) / 2**20
+        mean = statistics.mean(map(_private_mib, pids))
         raw = self.raw_private_mib if when == LOGGED_IN else self.raw_loaded_mib
         what = "1 session" if len(sessions) == 1 else f"{len(sessions)} sessions"
         row(f"private memory, {what}, {when}", f"{mean:.1f} MiB", f"{raw:.1f} MiB", mean / raw)
@@ -191,6 +207,42 @@ class Bench:
             times.append(self._fork_to_connected([name]))
         self._row_connected("alone", statistics.median(times))
 
+    def _fork_helper(self) -> None:
+        """What the fork helper saves: the same process, started as a fresh Python."""
+        name = self.fleet[0]
+        forked, fresh = [], []
+        for _ in range(3):
+            self._set_running(name, False)
+            fresh.append(self._fresh(name))
+            self._set_running(name, True)
+            forked.append(self._started(name, self.world.state(name)["pid"]))
+        print("from the fork helper, beside a fresh Python in the raw loop's place:", flush=True)
+        (mib, took_s), (its_mib, its_s) = _medians(forked), _medians(fresh)
+        row("  private memory, logged in", f"{mib:.1f} MiB", f"{its_mib:.1f} MiB", mib / its_mib)
+        row("  start to connected", f"{took_s:.2f} s", f"{its_s:.2f} s", took_s / its_s)
+
+    def _fresh(self, session: str) -> tuple[float, float]:
+        """As `_started`, without fork helper and supervisor."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", FRESH, session, str(theirs.fileno())],
+                env={**heap.FRUGAL, **self.world.environ, "NEONIZE_BOT_TAG": "off"},
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+            heard = Channel(ours)
+            try:
+                eventually(lambda: "connected" in {r["report"] for r in heard.receive() or ()})
+                return self._started(session, process.pid)
+            finally:
+                process.kill()
+                process.wait()
+
+    def _started(self, session: str, pid: int) -> tuple[float, float]:
+        """MiB that a process has to itself, seconds from its start to the login."""
+        return _private_mib(pid), self._start_to_login([session], [pid])
+
     def _fork_to_connected_together(self) -> None:
         pids = self.world.kill_supervisor()
         eventually(lambda: not any(map(psutil.pid_exists, pids)))
@@ -203,9 +255,11 @@ class Bench:
         return state["state"] == "connected" and state["pid"] not in old_pids
 
     def _fork_to_connected(self, sessions: list[str]) -> float:
-        """Seconds from the first fork to the last login that the sandbox saw."""
+        return self._start_to_login(sessions, [self.world.state(name)["pid"] for name in sessions])
+
+    def _start_to_login(self, sessions: list[str], pids: list[int]) -> float:
+        """Seconds from the first start to the last login that the sandbox saw."""
         phones = {self.world.state(name)["phone"] for name in sessions}
-        pids = [self.world.state(name)["pid"] for name in sessions]
         logins = [
             d["connected_since"] for d in self.world.control.devices() if d["phone"] in phones
         ]
@@ -216,19 +270,39 @@ class Bench:
         row(f"fork to connected, {what}", f"{value:.2f} s", f"{raw:.2f} s", value / raw)
 
     def _idle_cpu(self) -> None:
-        """CPU of supervisor, helper and device processes over 20 quiet seconds."""
+        """CPU of supervisor, helper and device processes over quiet seconds, and of raw clients
+        in the same seconds."""
         assert self.world.supervisor is not None
         tree = [psutil.Process(self.world.supervisor.pid)]
         tree += tree[0].children(recursive=True)
-        before, seconds = sum(map(_cpu_s, tree)), 20
-        time.sleep(seconds)
-        share = (sum(map(_cpu_s, tree)) - before) / seconds / len(self.fleet) * 100
-        row(f"idle CPU a session, {len(self.fleet)} sessions", f"{share:.2f} % of a core")
+        clients = [RawClient(database, self.world.environ) for database in self.raws]
+        sizes = len(self.fleet), len(clients)
+        for client in clients:
+            client.expect("connected")
+        time.sleep(SETTLE_S)
+        groups = (tree, [psutil.Process(client.pid) for client in clients])
+        before = [sum(map(_cpu_s, group)) for group in groups]
+        time.sleep(IDLE_S)
+        used_s = (sum(map(_cpu_s, group)) - was for group, was in zip(groups, before, strict=True))
+        ours, raw = (s / IDLE_S * 100 / n for s, n in zip(used_s, sizes, strict=True))
+        for client in clients:
+            client.close()
+        what = f"idle CPU a session, {len(self.fleet)} sessions, of a core"
+        row(what, f"{ours:.2f} %", f"{raw:.2f} %", ours / raw if raw else None)
 
 
 def row(what: str, value: str, raw: str = "", ratio: float | None = None) -> None:
     shown = f"{ratio:.2f}" if ratio is not None else ""
     print(f"{what:<44}{value:>18}{raw:>14}{shown:>8}", flush=True)
+
+
+def _private_mib(pid: int) -> float:
+    return float(psutil.Process(pid).memory_full_info().uss / 2**20)
+
+
+def _medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    first, second = zip(*pairs, strict=True)
+    return statistics.median(first), statistics.median(second)
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -1,7 +1,11 @@
 """Fixtures for all tests."""
 
 import signal
+import subprocess
+import sys
+import sysconfig
 import tempfile
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +44,23 @@ def redis(shared_redis_server: RedisServer) -> Iterator[Redis]:
     client.flushall()
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment into which pip has installed this project with its extras, not
+    editable. It finds what they need where it is already, so nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder)
+    [packages] = folder.glob("lib/python*/site-packages")
+    # A path of its own only: the .pth file of an editable installation there is not followed.
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    offline = ["--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, "install", *offline, f"{Path(__file__).parents[1]}[sandbox,dev]"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

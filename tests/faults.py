@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,3 +87,22 @@ def killed_at(
         return True
     assert os.waitstatus_to_exitcode(status) == 0, "the work failed by itself"
     return False
+
+
+def steps_until_killed(steps: Callable[[], Iterable[object]], *, after_s: float) -> int:
+    """Take one step after the other in a forked child that is killed then; how many it had taken
+    for sure."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for _ in steps():
+                os.write(writing, b".")
+        finally:
+            os._exit(1)
+    os.close(writing)
+    time.sleep(after_s)  # the moment of the kill is what is random here
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        return len(pipe.read())

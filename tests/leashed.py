@@ -27,7 +27,7 @@ class Stable:
         self._runs = 0
         self._pids: dict[int, int] = {}  # run to pid
         self._statuses: dict[int, int] = {}  # pid to exit code
-        eventually(self._is_ready, within_s=30, what="the fork helper is ready")
+        eventually(self._is_ready, within_s=60, what="the fork helper is ready")
 
     def _is_ready(self) -> bool:
         self.hear()
@@ -81,7 +81,7 @@ class Leashed:
         self._channel: Channel | None = Channel(sock)
         self._reports: list[dict[str, Any]] = []
 
-    def expect(self, report: str, *, within_s: float = 15) -> dict[str, Any]:
+    def expect(self, report: str, *, within_s: float = 60) -> dict[str, Any]:
         """The next report of this name, not taken yet."""
         deadline = time.monotonic() + within_s
         while True:
@@ -108,10 +108,10 @@ class Leashed:
         assert self._channel is not None
         assert self._channel.send(order=order, **facts)
 
-    def ended(self, *, within_s: float = 15) -> tuple[Ending, int]:
+    def ended(self, *, within_s: float = 60) -> tuple[Ending, int]:
         """The last word and the exit code."""
         ending = Ending.from_report(self.expect("ended", within_s=within_s)["ending"])
-        return ending, self.wait(5)
+        return ending, self.wait(30)
 
     def wait(self, within_s: float) -> int:
         """Its exit code, negative for a signal."""
@@ -133,7 +133,7 @@ class Leashed:
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        self.wait(5)
+        self.wait(30)
 
     def close(self) -> None:
         """Kill it if it still runs."""

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import random
 import struct
 import threading
 import time
@@ -65,7 +66,12 @@ FILES = {
     "/empty": b"",
 }
 
-BIG = 30_000_000  # bytes of /big
+BIG = 64 * 1024 * 1024  # bytes of /big and /held, as large as MEDIA_MAX_MIB allows
+
+
+def big() -> bytes:
+    """A large file that no compression makes smaller."""
+    return random.Random(1).randbytes(BIG)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -90,7 +96,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._write(b"%PDF" + bytes(1_000_000), times=1000)
         elif name == "/big":
             self._head(200, Content_Length=str(BIG))
-            self._write(bytes(BIG // 30), times=30)
+            self._write(bytes(BIG // 32), times=32)
+        elif name == "/held":
+            whole = big()
+            self._head(200, Content_Length=str(BIG))
+            self._write(whole[:-1])
+            self.server.finishing.wait(60)
+            self._write(whole[-1:])
         elif name == "/short":
             self._head(200, Content_Length="1000")
             self._write(b"%PDF only the start")
@@ -136,6 +148,7 @@ class Web(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[str] = []
         self.ending = threading.Event()
+        self.finishing = threading.Event()  # the last byte of /held is given
 
     @property
     def url(self) -> str:

@@ -77,14 +77,11 @@ class Server:
     def frozen(self) -> Iterator[None]:
         """The server answers nothing, though its connections stay open."""
         processes = self._group()
-        for pid in processes:
-            os.kill(pid, signal.SIGSTOP)
         try:
+            _send_all(processes, signal.SIGSTOP)
             yield
         finally:
-            for pid in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+            _send_all(processes, signal.SIGCONT)
 
     def _group(self) -> list[int]:
         assert self._process is not None
@@ -92,6 +89,12 @@ class Server:
 
         parent = psutil.Process(self._process.pid)
         return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
+
+
+def _send_all(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a connection that has just ended
+            os.kill(pid, number)
 
 
 def _end_with_parent() -> None:

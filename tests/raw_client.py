@@ -34,7 +34,7 @@ class RawClient:
         with database.with_suffix(".log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(database), str(write_end)],
-                env={**environ, "NEONIZE_BOT_TAG": "off"},
+                env={"NEONIZE_BOT_TAG": "off", **environ},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -46,6 +46,10 @@ class RawClient:
         self._seen: list[Line] = []
         self._reader = threading.Thread(target=self._read, args=(read_end,), daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def expect(self, event: str, *, within_s: float = 30, **facts: Any) -> Line:
         """The first line, not taken yet, that is this event with these facts."""

@@ -45,7 +45,7 @@ class Sandbox:
     def stop(self) -> None:
         """Ask it to end."""
         self._process.terminate()
-        assert self._process.wait(10) == 0
+        assert self._process.wait(60) == 0
 
     def kill(self) -> None:
         """End it as a crash would."""
@@ -63,7 +63,7 @@ class Sandbox:
         """What it wrote about itself."""
         return dict(json.loads((self.state_dir / "sandbox.json").read_text()))
 
-    def client(self, name: str) -> RawClient:
+    def client(self, name: str, **environment: str) -> RawClient:
         """A client; shows codes, or logs in when one of that name was linked before."""
         environ = {
             name: value
@@ -74,6 +74,7 @@ class Sandbox:
             "HTTPS_PROXY": self.endpoints["proxy_url"],
             "SSL_CERT_FILE": self.endpoints["ca_file"],
             "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
+            **environment,
         }
         client = RawClient(self.folder / f"{name}.db", environ)
         self._clients.append(client)

@@ -18,7 +18,7 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from support import eventually
+from support import events, eventually
 
 from storage.ledger import Ledger
 from whatsapp_worker import redis_client
@@ -28,6 +28,7 @@ from whatsapp_worker.event_names import Status
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.rq_job import Outcome
 from whatsapp_worker.settings import Settings
+from whatsapp_worker.stored_breakers import Breakers
 from whatsapp_worker.stream import EventStream
 
 KEY = b"k" * 32
@@ -88,15 +89,6 @@ def outcome(redis: "Redis", message_id: str) -> dict[str, Any]:
 def settled(redis: "Redis", *message_ids: str) -> bool:
     """Whether the jobs of all of them have ended."""
     return all(fetch(redis, id).get_status() in ("finished", "failed") for id in message_ids)
-
-
-def events(redis: "Redis") -> list[dict[str, Any]]:
-    """What the stream tells, oldest first; `payload` is read."""
-    found = []
-    for _, fields in redis.xrange("wa:events"):
-        entry = {name.decode(): value.decode() for name, value in fields.items()}
-        found.append(entry | {"payload": json.loads(entry["payload"])})
-    return found
 
 
 def event_names(redis: "Redis") -> list[str]:
@@ -163,18 +155,25 @@ class Parts:
         *,
         device: FakeDevice | None = None,
         location: str | Path | None = None,  # of the ledger; else a SQLite file in the folder
+        ledger_timeout_s: float = 5.0,
         options: Mapping[str, Any] | None = None,  # of the consumer
+        breakers: Mapping[str, Any] | None = None,  # what they get; else they are in memory only
         **settings: Any,
     ) -> None:
         self.device = device or FakeDevice(folder)
         self.redis = redis_client.connect(url)
-        self.ledger = Ledger.open(location or folder / "ledger.db", SESSION)
-        self.outbox = Outbox(self.redis, SESSION, stream=EventStream(self.redis), result_ttl_s=3600)
+        where = location or folder / "ledger.db"
+        self.ledger = Ledger.open(where, SESSION, timeout_s=ledger_timeout_s)
+        stream = EventStream(self.redis)
+        self.outbox = Outbox(self.redis, SESSION, stream=stream, result_ttl_s=3600)
+        known = {"folder": None, "session": SESSION, "stream": stream} | dict(breakers or {})
+        self.breakers = Breakers(settings=Settings(**settings), **known)
         self.consumer = Consumer(
             session=SESSION,
             send=lambda *call: self.device.send(*call),
             ledger=self.ledger,
             outbox=self.outbox,
+            breakers=self.breakers,
             install_key=KEY,
             settings=Settings(**settings),
             **(options or {}),
@@ -259,11 +258,10 @@ def kill(pid: int) -> None:
 def told_once(redis: "Redis") -> dict[str, list[tuple[str, dict[str, Any], Any]]]:
     """By message id the events, their outcome and metadata; repetitions dropped as a CRM does."""
     found: dict[str, list[tuple[str, dict[str, Any], Any]]] = {}
-    entries = {fields[b"id"]: fields for _, fields in redis.xrange("wa:events")}
-    for fields in entries.values():
-        payload = json.loads(fields[b"payload"])
+    for entry in {entry["id"]: entry for entry in events(redis)}.values():
+        payload = entry["payload"]
         told = {name: payload.get(name) for name in Outcome(Status.SENT).as_dict()}
-        event = (fields[b"event"].decode(), told, payload.get("metadata"))
+        event = (entry["event"], told, payload.get("metadata"))
         found.setdefault(payload.get("message_id"), []).append(event)
     return found
 
@@ -276,7 +274,7 @@ def check_outcomes(
     received = FakeDevice(folder).received()
     ledger = Ledger.open(location or folder / "ledger.db", SESSION)
     counts: dict[str, int] = {}
-    events = told_once(redis)
+    told_of = told_once(redis)
     for id in ids:
         told = outcome(redis, id)
         times = received.count(f"text of {id}")
@@ -286,7 +284,7 @@ def check_outcomes(
         row = ledger.find(id)
         assert row is not None
         assert row.status == status, f"{id}: ledger {row.status}, job {status}"
-        assert events[id] == [(f"message.{status}", told, {"of": id})]
+        assert told_of[id] == [(f"message.{status}", told, {"of": id})]
         is_finished = fetch(redis, id).get_status() == "finished"
         assert is_finished == (status == "sent")
         counts[status] = counts.get(status, 0) + 1

@@ -255,10 +255,10 @@ class Soak:
     def _print_slopes(self) -> None:
         """Start, end and slope an hour, by least squares over all samples."""
         print(f"\n{'':<28}{'start':>10}{'end':>10}{'an hour':>10}")
-        samples = [s for s in self.tally.samples[1:] if s[1]]
-        names = sorted(set.intersection(*(set(sample) for _, sample in samples)))
-        for name in names:
-            points = [(at, sample[name]) for at, sample in samples]
+        samples = self.tally.samples[1:]
+        for name in sorted({name for _, sample in samples for name in sample}):
+            # Right after a supervisor was killed there are no device processes.
+            points = [(at, sample[name]) for at, sample in samples if name in sample]
             slope = _slope(points) * 3600
             print(f"{name:<28}{points[0][1]:>10.1f}{points[-1][1]:>10.1f}{slope:>+10.1f}")
 

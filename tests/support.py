@@ -1,10 +1,13 @@
-"""What several tests need: waiting for things, and a Redis that may be killed."""
+"""What several tests need: waiting for things, what was told, a ledger that is locked, and a Redis
+that may be killed."""
 
 import contextlib
+import json
 import signal
+import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from redis import Redis
 from whatsapp_worker import redis_client, redis_server
 
 
-def eventually(probe: Callable[[], Any], *, within_s: float = 20.0, what: str = "") -> Any:
+def eventually(probe: Callable[[], Any], *, within_s: float = 60.0, what: str = "") -> Any:
     """Ask again and again until the answer is true; the last answer, or an AssertionError."""
     deadline = time.monotonic() + within_s
     while True:
@@ -23,6 +26,23 @@ def eventually(probe: Callable[[], Any], *, within_s: float = 20.0, what: str = 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_s} s: {what or probe} (last: {answer!r})")
         time.sleep(0.01)
+
+
+def events(redis: "Redis") -> list[dict[str, Any]]:
+    """What the stream tells, oldest first; `payload` is read."""
+    found = []
+    for _, fields in redis.xrange("wa:events"):
+        entry = {name.decode(): value.decode() for name, value in fields.items()}
+        found.append(entry | {"payload": json.loads(entry["payload"])})
+    return found
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Somebody writes to it, and does not come to an end."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        yield
 
 
 class RedisServer:

@@ -19,8 +19,9 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from support import RedisServer, eventually
+from support import RedisServer, events, eventually
 
+from storage import locks
 from whatsapp_worker.sandbox.control import Control
 
 COMMAND = [
@@ -35,7 +36,7 @@ class World:
 
     def __init__(self, folder: Path, **environ: str) -> None:
         self.folder = folder
-        self.data = folder / "data"
+        self.data = Path(environ.get("DATA_DIR", folder / "data"))
         self.redis_server = RedisServer(folder / "redis").start()
         self.redis = Redis.from_url(self.redis_server.url)
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -55,6 +56,18 @@ class World:
         self.state_dir = folder / "sandbox"
         self.supervisor: subprocess.Popen[bytes] | None = None
         self._numbers = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, folder: Path, **environ: str) -> Iterator["World"]:
+        """A world from its start to its end; what its processes logged is printed then, which
+        pytest shows when the test fails."""
+        it = cls(folder, **environ)
+        try:
+            yield it.start()
+        finally:
+            it.close()
+            print(it.logs())
 
     def start(self) -> "World":
         """Sandbox, supervisor and events process."""
@@ -82,7 +95,10 @@ class World:
         return False
 
     def start_supervisor(self) -> None:
+        """Start it; it is up when it returns, since commands wait only so long for one."""
         self.supervisor = self.spawn("run")
+        lock = self.data / "supervisor.lock"
+        eventually(lambda: locks.is_locked(lock), what="the supervisor is up")
 
     def spawn(self, *words: str) -> subprocess.Popen[bytes]:
         """Start `whatsapp-worker WORDS`; its stderr goes to WORD.log in the folder."""
@@ -93,7 +109,7 @@ class World:
         self._processes.append(process)
         return process
 
-    def run(self, *words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Run `whatsapp-worker WORDS` to its end."""
         return subprocess.run(
             [*COMMAND, *words],
@@ -140,7 +156,7 @@ class World:
         assert process.stdout is not None
         try:
             yield (json.loads(line) for line in process.stdout)
-            process.wait(10)
+            process.wait(30)
         finally:
             process.kill()
             process.wait()
@@ -163,7 +179,7 @@ class World:
             return dict(json.loads(path.read_text()))
         return {}
 
-    def await_state(self, session: str, state: str, *, within_s: float = 30) -> dict[str, Any]:
+    def await_state(self, session: str, state: str, *, within_s: float = 60) -> dict[str, Any]:
         eventually(
             lambda: self.state(session).get("state") == state,
             within_s=within_s,
@@ -196,7 +212,7 @@ class World:
             return {}
         return dict(fresh.meta.get("outcome") or {})
 
-    def await_outcomes(self, jobs: list[Job], *, within_s: float = 60) -> list[dict[str, Any]]:
+    def await_outcomes(self, jobs: list[Job], *, within_s: float = 90) -> list[dict[str, Any]]:
         """Wait until every job has ended."""
         eventually(
             lambda: all(self.outcome(job) for job in jobs),
@@ -211,9 +227,19 @@ class World:
         assert done.returncode == 0, done.stderr
         return str(json.loads(done.stdout)["status"])
 
+    def states_told(self) -> list[str]:
+        """By the events, in order."""
+        told = events(self.redis)
+        return [e["payload"]["state"] for e in told if e["event"] == "session.state_changed"]
+
     def arrived(self, **where: Any) -> list[dict[str, Any]]:
         """What reached the sandbox's contacts, in order."""
         return list(self.control.messages(**where))
+
+    def kill_redis(self) -> None:
+        """SIGKILL, once all that was written has left its memory."""
+        eventually(lambda: self.redis.info("persistence")["aof_buffer_length"] == 0)
+        self.redis_server.kill()
 
     def kill_supervisor(self) -> list[int]:
         """SIGKILL the supervisor; the pids that were its children."""
@@ -222,6 +248,12 @@ class World:
         self.supervisor.kill()
         self.supervisor.wait()
         return [child.pid for child in children]
+
+    def replace_process(self, session: str) -> None:
+        """SIGKILL a session's device process, and wait until there is another."""
+        pid = self.state(session)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.state(session).get("pid") not in (None, pid), what="a new process")
 
     def limbo(self, session: str) -> dict[str, int]:
         """Lengths of everything that must be empty when a queue is done."""
@@ -246,7 +278,7 @@ class World:
                 process.send_signal(signal.SIGTERM)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
+                process.wait(30)
             if process.poll() is None:
                 process.kill()
                 process.wait()

@@ -12,7 +12,7 @@ from storage.sessions import Sessions
 from whatsapp_worker import __version__, alert_policy
 from whatsapp_worker.alerts import Alerts
 from whatsapp_worker.event_names import Event
-from whatsapp_worker.session import State
+from whatsapp_worker.session import Reason, State
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.unsettled import Unsettled
 
@@ -69,7 +69,7 @@ class Alarm:
             state=state,
             reason="operator" if was_asked else change["reason"],
             sentence=change["sentence"],
-            heals=bool(change["next_attempt_at"] or change["banned_until"]),
+            heals=_heals(change),
         )
         if alert is not None:
             self._alerts.raise_alert(alert)
@@ -126,3 +126,11 @@ class Alarm:
 
 def _age_s(at: float | None) -> float | None:
     return None if at is None else max(0.0, time.time() - at)
+
+
+def _heals(change: Mapping[str, Any]) -> bool:
+    """Whether the session goes on by itself. A ban that is over stays on record until the next
+    login; what this host cannot run is tried again only in case somebody has acted."""
+    if change["state"] == State.BANNED:
+        return bool(change["banned_until"])
+    return bool(change["next_attempt_at"]) and change["reason"] != Reason.CANNOT_RUN

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FLUSH_S = 2.0
 VERSION = 1
 _WAITING_MAX = 2000  # orders that the thread has not taken up
-_SENT_MAX = 1000  # alerts on their way, remembered in case Sentry does not take them
+_SENT_MAX = 1000  # alerts on their way, remembered until Sentry has taken them
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 
 
@@ -70,7 +70,7 @@ class Alerts:
         if dsn:
             from whatsapp_worker import sentry  # megabytes that hosts without a DSN save
 
-            self._client = sentry.client(dsn, host=host, release=release, on_lost=self._on_lost)
+            self._client = sentry.client(dsn, host=host, release=release, on_end=self._on_end)
         self._sent: OrderedDict[str, Alert] = OrderedDict()
         self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_MAX)
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
@@ -95,7 +95,9 @@ class Alerts:
             self._client.close(timeout=max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             return False
-        self._carry_out()  # what Sentry refused meanwhile is kept for the next process
+        self._carry_out()
+        for event_id in list(self._sent):  # what Sentry has not taken is for the next process
+            self._end(event_id, is_taken=False)
         self._remember()
         return True
 
@@ -159,13 +161,13 @@ class Alerts:
         with self._contained():
             self._client.capture_event(event)
 
-    def _on_lost(self, event_id: str) -> None:
-        """Sentry did not take an event; called on any thread."""
-        self._order(lambda: self._give_back(event_id))
+    def _on_end(self, event_id: str, is_taken: bool) -> None:
+        """Sentry took an event, or did not; called on any thread."""
+        self._order(lambda: self._end(event_id, is_taken))
 
-    def _give_back(self, event_id: str) -> None:
+    def _end(self, event_id: str, is_taken: bool) -> None:
         alert = self._sent.pop(event_id, None)
-        if alert:
+        if alert and not is_taken:
             log.warning("alert.delayed", extra={"alert": alert.event, "session": alert.session})
             self._memory.give_back(alert, self._clock())
 

@@ -5,6 +5,7 @@ Then it is half-open: one try, whose success closes it and whose failure opens i
 clock is an argument, wall-clock seconds since the state outlives the process.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -66,11 +67,14 @@ class Breaker:
         """What was stored; a closed one where there is nothing, or nothing that can be read."""
         try:
             fields = stored or {}
-            opened_at = fields.get("opened_at")
+            at = fields.get("opened_at")
+            opened_at = None if at is None else float(at)
+            if opened_at is not None and not math.isfinite(opened_at):
+                return cls()
             return replace(
                 cls(),
                 failures=max(0, int(fields.get("failures", 0))),
-                opened_at=None if opened_at is None else float(opened_at),
+                opened_at=opened_at,
                 last=tuple(dict(failure) for failure in fields.get("last", ()))[-MAX_REMEMBERED:],
             )
         except (TypeError, ValueError, OverflowError):

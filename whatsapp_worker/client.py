@@ -33,7 +33,7 @@ from whatsapp_worker.keys import (
     outbound_queue,
     session_id,
 )
-from whatsapp_worker.message import validate
+from whatsapp_worker.message import check_message_id, validate
 from whatsapp_worker.rq_job import Outcome
 
 Fields = dict[str, Any]
@@ -384,14 +384,14 @@ class Outbox:
 
         Raises:
             UsageError: It is no session id.
+            InvalidMessage: It is no message id.
             CommandTimeout: No supervisor answered within `timeout_s` seconds; the text says
                 whether the message may be cancelled all the same (transient: call it again).
             LedgerUnavailable: The worker's database did not answer (transient).
         """
         id = uuid.uuid4().hex
-        request = json.dumps(
-            {"id": id, "session": session_id(session), "message_id": message_id}
-        ).encode()
+        asked = {"session": session_id(session), "message_id": check_message_id(message_id)}
+        request = json.dumps({"id": id, **asked}).encode()
         self._redis.rpush(CANCEL_REQUESTS, request)
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:

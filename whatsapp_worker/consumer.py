@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import tenacity
 from redis.exceptions import RedisError
@@ -45,21 +45,20 @@ from storage.ledger import (
     honest,
 )
 from whatsapp_worker import recovery
-from whatsapp_worker.breaker_board import BreakerBoard
-from whatsapp_worker.breakers import Breaker, Phase
+from whatsapp_worker.breakers import Phase
 from whatsapp_worker.calls import CallThread, Limit
 from whatsapp_worker.content import needs_preparing
 from whatsapp_worker.device import SendAck, SendFailed
 from whatsapp_worker.errors import MediaFailed
-from whatsapp_worker.event_names import Event, Status
+from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import message_secret, number_hash
 from whatsapp_worker.message import Outgoing
-from whatsapp_worker.message_breaker import MessageBreaker
 from whatsapp_worker.outbox import Finished, Outbox
-from whatsapp_worker.pacer import Pacer, pace_of
+from whatsapp_worker.pacer import LIMITED, Pacer, pace_of
 from whatsapp_worker.rq_job import Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
 from whatsapp_worker.settings import Settings
+from whatsapp_worker.stored_breakers import DATABASE_AWAY, PAUSED, SENDS_FAILED, Breakers
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +69,8 @@ _LOOK_S = 0.25  # between two looks at `stop` while a file is prepared
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0  # between two tries to reach Redis or the database
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.25, 5.0  # between two tries to send
 _TIDY_S = 60.0
-DATABASE_AWAY = "the ledger's database does not answer"
-SENDS_FAILED = "sends failed again and again"
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
 _DEPTH_S = 1.0
-_STANDING_S = 0.25  # an operator's pause is obeyed within a second
 _RESUME = "whatsapp-worker queue {} resume"
 _QUIET_WORDS = ("running", "idle")  # of `queue_state`: nobody waits to hear them
 _MAX_KNOWN_CONTACTS = 10_000
@@ -139,7 +135,11 @@ class _Released(Exception):
 
 
 class _Again(Exception):
-    """WhatsApp refused the message for the moment."""
+    """WhatsApp refused the message, or its file, for the moment."""
+
+
+class _Late(Exception):
+    """The message's time is over, or will be before it can be tried again."""
 
 
 class Consumer:
@@ -152,40 +152,34 @@ class Consumer:
         send: Send,
         ledger: Ledger,
         outbox: Outbox,
+        breakers: Breakers,
         install_key: bytes,
         settings: Settings,
         on_sent: Callable[[SendAck, Claim], None] | None = None,
         prepare: Prepare | None = None,
         probe: Callable[[], object] | None = None,
-        breaker_file: Path | None = None,
-        on_breaker: Callable[[Event, Mapping[str, Any]], None] | None = None,
         on_poisoned: Callable[[str, str], None] = lambda job_id, problem: None,
-        board: BreakerBoard | None = None,
         standing: Callable[[], Standing] = Standing,
         pace_file: Path | None = None,
         show_typing: Callable[[str], object] | None = None,
         on_rest: Callable[[], None] = lambda: None,
     ) -> None:
-        """Reads the breaker's file; nothing else is touched yet.
+        """Nothing is touched yet.
 
         Args:
             session: Its id.
             send: `Device.send`; called on the loop's thread, as are probe and show_typing.
             ledger: Open.
             outbox: The session's queues.
+            breakers: The session's; another thread must not use them.
             install_key: `Sessions.install_key()`.
             settings: SEND_TIMEOUT_S, SEND_RETRIES ...
             on_sent: Called with every acknowledged message that has a WhatsApp id, on the loop's
                 thread: for `FactWriter.sent`.
             prepare: `Device.prepare`, for messages that need it; on a thread of its own.
             probe: Asks WhatsApp something that sends nothing; raises when there is no answer.
-            breaker_file: Where the message breaker's count outlives this process.
-            on_breaker: Told of `breaker.opened` and `breaker.closed`, for the supervisor's alert;
-                and again, with `again` true, when a half-open one has failed. The stream is told
-                here, once a trip.
             on_poisoned: Told the id of each job that nobody could read, and what is wrong in it.
-            board: Where other processes see the breakers.
-            standing: `Hold.read`; asked several times a second.
+            standing: `Hold.read`; asked before each message.
             pace_file: Where what was sent lately outlives this process; unused without a pace.
             show_typing: `Device.show_typing`.
             on_rest: Told, on the loop's thread, that `queue_state` has another reason to rest, or
@@ -202,7 +196,6 @@ class Consumer:
         self._send = send
         self._prepare = prepare
         self._probe = probe
-        self._on_breaker = on_breaker
         self._on_poisoned = on_poisoned
         self._ask_standing = standing
         self._standing = Standing()
@@ -226,17 +219,10 @@ class Consumer:
         self._in_flight = False
         self._trouble = ""  # "redis" or "database" while one of them does not answer
         self._redis_rest_s = _FIRST_REST_S
-        self._board = board
-        self._database = Breaker()
-        self._breaker = MessageBreaker(
-            breaker_file,
-            threshold=settings.msg_failure_threshold,
-            reset_s=settings.msg_reset_s,
-            tell=self._tell_breaker,
-        )
-        self._paused_until = self._breaker.paused_until  # UTC seconds
+        self._breakers = breakers
+        self._breaker, self._database = breakers.message, breakers.database
         self._depth = 0
-        self._looked_at = self._asked_at = self._tidied_at = 0.0
+        self._looked_at = self._tidied_at = 0.0
 
     # From other threads
 
@@ -261,20 +247,20 @@ class Consumer:
         return {"state": state, "reason": reason, "until": until, "depth": self._depth}
 
     def _resting(self) -> tuple[str, str | None, float | None]:
-        if self._trouble == "database":
-            return "database", DATABASE_AWAY, None
+        if self._trouble == "database" or self._database.until is not None:
+            return "database", DATABASE_AWAY, self._database.until
         if self._trouble:
             return "paused", "Redis does not answer", None
         if self._standing.paused_at is not None:
             return "paused", f"an operator paused it: {_RESUME.format(self.session)}", None
         if self._breaker.phase() is Phase.OPEN:
             return "breaker", SENDS_FAILED, self._breaker.until
-        if self._paused_until > time.time():
-            return "paused", recovery.PAUSED, self._paused_until
+        if self._breaker.paused_until > time.time():
+            return "paused", PAUSED, self._breaker.paused_until
         if self._is_held:
             return "held", HELD, None
         if self._pacing_until > time.time():
-            return "pacing", "its pace is limited (PACE_PER_MINUTE)", self._pacing_until
+            return "pacing", LIMITED, self._pacing_until
         is_busy = bool(self._depth) or not self.is_idle
         return "running" if is_busy else "idle", None, None
 
@@ -396,7 +382,7 @@ class Consumer:
         """How long to rest before the next look, since nothing may be sent now; 0 when it may."""
         if self._standing.paused_at is not None or self._breaker.phase() is Phase.OPEN:
             return _IDLE_WAIT_S
-        left_s = max(self._paused_until, self._pacing_until) - time.time()
+        left_s = max(self._breaker.paused_until, self._pacing_until) - time.time()
         return min(max(0.0, left_s), _IDLE_WAIT_S)
 
     def _is_too_soon(self, job: Job) -> bool:
@@ -429,19 +415,23 @@ class Consumer:
         probe = self._probe
         if probe is None or self._breaker.phase() is not Phase.HALF_OPEN:
             return
-        if isinstance(self._answer(probe), Exception):
+        answer = self._answer(probe)
+        if isinstance(answer, Exception):
+            if classify(str(answer)) is Kind.STOP_SENDING:
+                self._pause()
             self._breaker.failed("probe")
             self._put_down()
             raise _Released
 
     def _lie_down(self, rest_s: float) -> None:
-        """Wait for so long with every job at the head of its queue."""
+        """Wait for so long with every job at the head of its queue; putting them there counts."""
+        end = time.monotonic() + rest_s
         self._settle()
         if self._finished:
             self._flush(pop=False)
         if self._outbox.is_holding:
             self._outbox.resync()
-        if not self._rested(rest_s):
+        if not self._rested(end - time.monotonic()):
             raise _Stopping
 
     def _judge(self, job: Job) -> Finished | None:
@@ -452,9 +442,8 @@ class Consumer:
             return self._refuse(job)
         if job.is_cancelled:
             return self._record(job, Status.CANCELLED, "its job was cancelled")
-        deadline = job.order.deadline(job.enqueued_at)
-        if deadline is not None and deadline <= time.time():
-            return self._record(job, Status.EXPIRED, "its time was over before it could be sent")
+        if _deadline(job) <= time.time():
+            return self._record(job, Status.EXPIRED, recovery.TOO_LATE)
         return None
 
     def _refuse(self, job: Job) -> Finished:
@@ -482,17 +471,16 @@ class Consumer:
         try:
             content = self._prepared(job)
             self._type(job)
-            late = self._judge(job)  # a download takes time
-            if late is None:
+            try:
                 self._attempt(job, content)
-            else:
-                self._settle()
-                self._finish(late)
+            except _Again:
+                self._try_again(job, content)
         except MediaFailed as error:
             self._settle()
             self._finish(self._record(job, Status.FAILED, str(error)))
-        except _Again:
-            self._try_again(job, content)
+        except _Late:
+            self._settle()
+            self._finish(self._record(job, Status.EXPIRED, recovery.TOO_LATE))
 
     def _prepared(self, job: Job) -> Mapping[str, Any]:
         """The content with what it points at; before the claim, since nothing is sent yet.
@@ -506,13 +494,28 @@ class Consumer:
             return content
         self._settle()
         self._flush(pop=False)
-        prepared = self._await_prepared(self._prepare, content)
+        prepare = self._prepare
+        retrying = self._retrying(job, 1 + self._settings.send_retries, _FIRST_RETRY_S)
+        try:
+            return retrying(lambda: self._uploaded(self._await_prepared(prepare, content)))
+        except _Again as error:
+            raise MediaFailed(str(error)) from None
+
+    def _uploaded(self, prepared: Any) -> Mapping[str, Any]:
+        """What a preparation came to.
+
+        Raises:
+            MediaFailed: The file cannot be had.
+            _Again: It could not be uploaded.
+        """
         if isinstance(prepared, SendFailed):
             kind = classify(str(prepared))
             if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
                 self._put_down()
                 raise _Leave(_ENDINGS[kind])
-            raise MediaFailed(str(prepared))
+            if kind is Kind.STOP_SENDING:
+                self._pause()
+            raise _Again(str(prepared))
         if isinstance(prepared, Exception):
             raise prepared if isinstance(prepared, MediaFailed) else MediaFailed(repr(prepared))
         found: Mapping[str, Any] = prepared
@@ -552,17 +555,31 @@ class Consumer:
                 raise MediaFailed("message: its file was not ready within MEDIA_TIMEOUT_S")
         raise _Stopping
 
-    def _try_again(self, job: Job, content: Mapping[str, Any]) -> None:
-        assert job.order is not None, "attempted"
-        deadline = job.order.deadline(job.enqueued_at) or float("inf")
-        retries = tenacity.stop_after_attempt(max(1, self._settings.send_retries))
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_any(retries, tenacity.stop_before_delay(deadline - time.time())),
-            wait=tenacity.wait_exponential(_FIRST_RETRY_S, _LONGEST_RETRY_S),
+    def _retrying(self, job: Job, attempts: int, wait_s: float) -> tenacity.Retrying:
+        """Tries what raises _Again so often, ever later.
+
+        Raises:
+            _Again: To the last.
+            _Late: The next attempt would not be in time.
+        """
+        return tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(attempts),
+            wait=tenacity.wait_exponential(wait_s, _LONGEST_RETRY_S),
             retry=tenacity.retry_if_exception_type(_Again),
-            retry_error_callback=lambda state: None,  # the last refusal is its outcome
-            sleep=self._sleep,
+            reraise=True,
+            sleep=lambda wait_s: self._rest_in_time(job, wait_s),
         )
+
+    def _rest_in_time(self, job: Job, wait_s: float) -> None:
+        if time.time() + wait_s >= _deadline(job):
+            raise _Late
+        self._sleep(wait_s)
+
+    def _try_again(self, job: Job, content: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            _Late: The next attempt would not be in time.
+        """
 
         def attempt() -> None:
             # Written at once: a process killed in the rest must not call it unknown.
@@ -574,8 +591,9 @@ class Consumer:
                 self._attempt(job, content)
 
         if self._settings.send_retries:
-            self._sleep(_FIRST_RETRY_S)
-            retrying(attempt)
+            self._rest_in_time(job, _FIRST_RETRY_S)
+            with contextlib.suppress(_Again):  # the last refusal is its outcome
+                self._retrying(job, self._settings.send_retries, 2 * _FIRST_RETRY_S)(attempt)
         if self._known is not None:
             self._known = replace(self._known, is_passing=False)
 
@@ -598,9 +616,10 @@ class Consumer:
 
         Raises:
             _Again: Certainly refused, for the moment; its outcome so far is known as failed.
+            _Late: Not sent.
         """
         claim = self._claim_of(job)
-        answer = self._claim(claim)
+        answer = self._claim(claim, _deadline(job))
         if isinstance(answer, Claimed):
             self._hand_over(job, content, claim, answer)
         elif isinstance(answer, Settled):
@@ -630,16 +649,21 @@ class Consumer:
             lambda: recovery.may_resend(job, self._ledger.find(order.message_id), self._ledger)
         )
 
-    def _claim(self, claim: Claim) -> Answer:
+    def _claim(self, claim: Claim, deadline: float) -> Answer:
         """Claim, in one commit with settling the message before."""
         known = self._known
-        answer = self._with_ledger(
-            lambda: self._ledger.claim(
+
+        def call() -> Answer:
+            if deadline <= time.time():  # each time: a file, a rest, a database away took long
+                raise _Late
+            return self._ledger.claim(
                 claim,
                 secret=lambda attempt: self._secret(claim.message_id, attempt),
                 settle=known.settlement if known else None,
             )
-        )
+
+        answer = self._with_ledger(call)
+        self._database.succeeded()  # whatever it counted before: it takes writes
         self._mark_settled()
         return answer
 
@@ -737,11 +761,17 @@ class Consumer:
             self._pause(claim)
         return kind
 
-    def _pause(self, claim: Claim) -> None:
-        """WhatsApp wants this number to send less: rest, longer each time."""
-        self._release(claim, recovery.PAUSED)
-        self._paused_until = self._breaker.pause()
-        extra = {"session": self.session, "until": self._paused_until}
+    def _pause(self, claim: Claim | None = None) -> NoReturn:
+        """WhatsApp wants this number to send less: rest, longer each time.
+
+        Args:
+            claim: Of the message in hand, which was not sent; None before it was claimed.
+        """
+        if claim is None:
+            self._put_down()
+        else:
+            self._release(claim, PAUSED)
+        extra = {"session": self.session, "until": self._breaker.pause()}
         log.warning("queue.paused", extra=extra)
         raise _Released
 
@@ -826,70 +856,33 @@ class Consumer:
         rest_s = _FIRST_REST_S
         while True:
             try:
-                if self._database.opened_at is not None:
+                if self._database.until is not None:
+                    self._spare_database()
                     self._ledger.probe()
                 result = call()
             except StorageError as error:
                 if not error.transient:
                     raise
-                self._database_failed(error)
-                is_open = self._database.opened_at is not None
-                if not self._rested(self._settings.db_reset_s if is_open else rest_s):
+                extra = {"session": self.session, "error": str(error)}
+                log.warning("consumer.database_lost", extra=extra)
+                self._trouble = "database"
+                self._database.failed(type(error).__name__)
+                if not self._rested(rest_s):
                     raise _Stopping from None
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
             else:
-                if self._trouble == "database":
-                    self._database_answers()
+                if self._trouble == "database" or self._database.until is not None:
+                    self._trouble = ""
+                    log.info("consumer.database_back", extra={"session": self.session})
+                    self._database.succeeded()
                 return result
 
-    def _database_failed(self, error: StorageError) -> None:
-        extra = {"session": self.session, "error": str(error)}
-        log.warning("consumer.database_lost", extra=extra)
-        self._trouble = "database"
-        was_open = self._database.opened_at is not None
-        threshold = self._settings.db_failure_threshold
-        failure = type(error).__name__
-        self._database = self._database.failed(time.time(), failure, threshold=threshold)
-        if self._database.opened_at is not None:
-            facts = {
-                "breaker": "database",
-                "failure": failure,
-                "failures": [dict(last) for last in self._database.last],
-                "retry_after_s": self._settings.db_reset_s,
-                "again": was_open,
-            }
-            self._tell_breaker(Event.BREAKER_OPENED, facts)
-
-    def _database_answers(self) -> None:
-        self._trouble = ""
-        opened_at, self._database = self._database.opened_at, Breaker()
-        log.info("consumer.database_back", extra={"session": self.session})
-        if opened_at is not None:
-            facts = {"breaker": "database", "opened_at": opened_at}
-            self._tell_breaker(Event.BREAKER_CLOSED, facts)
-
-    def _tell_breaker(self, event: Event, facts: Mapping[str, Any]) -> None:
-        log.warning(event, extra={"session": self.session, **facts})
-        if self._on_breaker is not None:
-            self._on_breaker(event, facts)
-        self._show_breakers()
-        told = {name: value for name, value in facts.items() if name != "again"}
-        if not facts.get("again"):
-            with contextlib.suppress(RedisError):  # down: the supervisor has been told all the same
-                self._outbox.tell(event, told)
-
-    def _show_breakers(self) -> None:
-        if self._board is None:
-            return
-        found: dict[str, Mapping[str, Any]] = {}
-        if facts := self._breaker.as_dict():
-            found["message"] = {**facts, "reason": SENDS_FAILED}
-        if self._paused_until > time.time():
-            found["pause"] = {"until": self._paused_until, "reason": recovery.PAUSED}
-        if self._database.opened_at is not None:
-            until = self._database.opened_at + self._settings.db_reset_s
-            found["database"] = {"until": until, "reason": DATABASE_AWAY}
-        self._board.post(found)
+    def _spare_database(self) -> None:
+        """Rest while its breaker is open."""
+        while rest_s := self._database.rest_s():
+            self._breakers.show()
+            if not self._rested(min(rest_s, _IDLE_WAIT_S)):
+                raise _Stopping
 
     def _rested(self, rest_s: float) -> bool:
         """Wait, ticking; False when asked to stop."""
@@ -910,17 +903,16 @@ class Consumer:
         return self._stop_at is not None
 
     def _look_around(self) -> None:
-        """What the loop does now and then."""
+        """What the loop does before each message, so that nothing enqueued after an operator's
+        pause is sent, and what it does now and then."""
+        with contextlib.suppress(StorageError):  # then what it said last holds
+            self._standing = self._ask_standing()
+        self._tell_rest()
         now = time.monotonic()
-        if now - self._asked_at >= _STANDING_S:
-            self._asked_at = now
-            with contextlib.suppress(StorageError):  # then what it said last holds
-                self._standing = self._ask_standing()
-            self._tell_rest()
         if now - self._looked_at >= _DEPTH_S:
             self._looked_at = now
             self._depth = self._outbox.survey()
-            self._show_breakers()
+            self._breakers.show()
         if now - self._tidied_at >= _TIDY_S:
             self._tidied_at = now
             self._outbox.tidy()
@@ -934,3 +926,9 @@ class Consumer:
 
     def _secret(self, message_id: str, attempt: int) -> bytes:
         return message_secret(self._install_key, self.session, message_id, attempt)
+
+
+def _deadline(job: Job) -> float:
+    """UTC seconds after which a message must not be sent; infinite where it says nothing."""
+    assert job.order is not None, "judged: it has no problem"
+    return job.order.deadline(job.enqueued_at) or float("inf")

@@ -78,12 +78,6 @@ def _inside(text: str) -> str:
     return text
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("blank", "is blank")
-    return text
-
-
 def _number(value: Any) -> Any:
     """Meta's examples give coordinates as strings."""
     if isinstance(value, str) and re.fullmatch(_DEGREES, value):
@@ -96,10 +90,9 @@ def _described(pattern: str, **more: Any) -> WithJsonSchema:
 
 
 # No control characters and no other ends of lines: some of it becomes lines of a vCard.
-_PRINTED = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]"
-Line = Annotated[
-    str, Field(min_length=1, max_length=1000, pattern=rf"^{_PRINTED}+$"), AfterValidator(_not_blank)
-]
+_UNPRINTED = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_LINE = rf"^[^{_UNPRINTED}]*[^\s{_UNPRINTED}][^{_UNPRINTED}]*$"  # not blank
+Line = Annotated[str, Field(min_length=1, max_length=1000, pattern=_LINE)]
 Body = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
 Caption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION)]
 MessageId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+$")]

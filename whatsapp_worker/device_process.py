@@ -35,7 +35,6 @@ from whatsapp_worker import (
     redis_server,
 )
 from whatsapp_worker.breaker_board import BreakerBoard
-from whatsapp_worker.breakers import Breaker
 from whatsapp_worker.child import Departure, Leash
 from whatsapp_worker.consumer import Consumer
 from whatsapp_worker.consumer import Ending as Consumed
@@ -52,6 +51,7 @@ from whatsapp_worker.receipts import FactWriter
 from whatsapp_worker.reports import Channel, Exit
 from whatsapp_worker.session import Reason
 from whatsapp_worker.settings import Settings
+from whatsapp_worker.stored_breakers import Breakers
 from whatsapp_worker.stream import EventStream
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,6 @@ class DeviceProcess:
         self._device: Device | None = None
         self._consumer: Consumer | None = None
         self._writer: FactWriter | None = None
-        self._outage = Breaker()  # of the ledger's database, until it could be opened
         self._logged_in = threading.Event()
         self._news = threading.Event()  # logged in, or time to leave
         self._is_logout_wanted = False
@@ -155,9 +154,13 @@ class DeviceProcess:
             return False
         self._identity = who
         self._insist(functools.partial(self._claim_queue, who.phone))
-        ledger = self._insist(self._open_ledger)
         url = self._insist(functools.partial(redis_server.resolve_url, self._settings))
-        if ledger is None or url is None:
+        if url is None:
+            return False
+        redis = redis_client.connect(url)
+        breakers = self._make_breakers(redis)
+        ledger = self._insist(functools.partial(self._open_ledger, breakers))
+        if ledger is None:
             return False
         media = Media(self._database.parent, self._settings)
         media.clean()
@@ -172,7 +175,7 @@ class DeviceProcess:
         stream = self._stream(redis_client.connect(url))
         self._writer = FactWriter(self._session, stream, ledger=ledger)
         self._writer.start()
-        self._consumer = self._make_consumer(self._device, ledger, redis_client.connect(url))
+        self._consumer = self._make_consumer(self._device, ledger, redis, breakers)
         return not self._departure.is_due.is_set()
 
     def _claim_queue(self, number: str) -> None:
@@ -181,29 +184,31 @@ class DeviceProcess:
         if self._sessions.hold(self._session).number_is(hashed, time.time()):
             log.warning("queue.held", extra={"session": self._session})
 
-    def _open_ledger(self) -> Ledger:
+    def _make_breakers(self, redis: Redis) -> Breakers:
+        return Breakers(
+            self._database.parent,
+            session=self._session,
+            settings=self._settings,
+            stream=self._stream(redis),
+            board=BreakerBoard(redis, self._session),
+            on_change=self._on_breaker,
+        )
+
+    def _open_ledger(self, breakers: Breakers) -> Ledger | None:
+        """Open it as soon as its breaker allows; None when it is time to leave."""
+        breakers.show()
+        if self._departure.is_due.wait(breakers.database.rest_s()):
+            return None
         where = self._settings.database_url or self._database.with_name("ledger.db")
         try:
-            return Ledger.open(where, self._session)
+            return Ledger.open(where, self._session, is_owner=True)
         except LedgerUnavailable as error:
-            self._count_outage(type(error).__name__)
+            breakers.database.failed(type(error).__name__)
             raise
 
-    def _count_outage(self, failure: str) -> None:
-        """Report a database that is down before there is a consumer, whose breaker would."""
-        was_open = self._outage.opened_at is not None
-        threshold = self._settings.db_failure_threshold
-        self._outage = self._outage.failed(time.time(), failure, threshold=threshold)
-        if self._outage.opened_at is not None and not was_open:
-            facts = {
-                "breaker": "database",
-                "failure": failure,
-                "failures": [dict(last) for last in self._outage.last],
-                "retry_after_s": RETRY_EVERY_S,
-            }
-            self._on_breaker(Event.BREAKER_OPENED, facts)
-
-    def _make_consumer(self, device: Device, ledger: Ledger, redis: Redis) -> Consumer:
+    def _make_consumer(
+        self, device: Device, ledger: Ledger, redis: Redis, breakers: Breakers
+    ) -> Consumer:
         outbox = Outbox(
             redis,
             self._session,
@@ -216,14 +221,12 @@ class DeviceProcess:
             prepare=device.prepare,
             ledger=ledger,
             outbox=outbox,
+            breakers=breakers,
             install_key=self._sessions.install_key(),
             settings=self._settings,
             on_sent=self._on_sent,
             probe=device.probe,
-            breaker_file=self._database.with_name("breaker.json"),
-            on_breaker=self._on_breaker,
             on_poisoned=self._on_poisoned,
-            board=BreakerBoard(redis, self._session),
             standing=self._sessions.hold(self._session).read,
             pace_file=self._database.with_name(pacer.FILE),
             show_typing=device.show_typing,

@@ -7,6 +7,7 @@ number of these processes may run.
 
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from storage.errors import StorageError
+from storage.errors import LedgerNewer, StorageError
 from storage.ledger import Change, Ledger, Receipt, Row
 from storage.sessions import Sessions
 from whatsapp_worker import outbox, redis_client, redis_server
@@ -40,8 +41,10 @@ _OPEN_LEDGERS = 64
 _CLAIM_IDLE_MS = 60_000  # entries of a consumer that has been silent so long are taken over
 _CLAIM_EVERY_S = 30.0
 _APPLY_EVERY_S = 1.0
+_VISIT_EVERY_S = 5.0  # ledgers that could not be used
 _TRIM_EVERY_S = 5.0
 _FIRST_REST_S, _LONGEST_REST_S = 0.1, 5.0
+_WA_MESSAGE_ID = re.compile("[!-~]{1,200}")
 _RECEIPTS = {
     Event.DELIVERED: Status.DELIVERED,
     Event.READ: Status.READ,
@@ -90,8 +93,11 @@ class ReceiptWriter:
         self._stream = EventStream(redis, events_max=settings.events_max)
         self._ledgers = _Ledgers(settings)
         self._name = settings.host  # the same after a restart: what was left is found at once
-        self._due = {"claim": 0.0, "apply": 0.0, "trim": 0.0}
+        self._due = {"claim": 0.0, "apply": 0.0, "visit": 0.0, "trim": 0.0}
         self._has_leftovers = True  # read but not acknowledged, by us
+        self._left_after = b"0"  # the next of them come after this entry
+        self._unvisited: set[str] = set()  # what was kept for these is not looked at yet
+        self._failing: dict[str, str] = {}  # sessions whose ledger cannot be used: why
 
     def run(self) -> None:
         """Serve until `stop` is set.
@@ -100,7 +106,7 @@ class ReceiptWriter:
             RedisError: Redis is gone; make a new one of these when it is back.
         """
         self._join()
-        self._apply_everywhere()
+        self._unvisited.update(self._ledgers.sessions())
         try:
             while not self._stop.is_set():
                 self._turn()
@@ -111,16 +117,13 @@ class ReceiptWriter:
         if self._is_due("claim", _CLAIM_EVERY_S):
             self._take_over()
         if self._has_leftovers:
-            self._has_leftovers = not self._write(self._read("0"), again=True)
-            if self._has_leftovers:
-                self._stop.wait(1.0)
-        found = self._read(">")
+            self._write_leftovers()
+        found = self._read(b">")
         self._has_leftovers |= not self._write(found, again=False)
         if 0 < len(found) < _BATCH:
             self._stop.wait(_GATHER_S)
         if self._is_due("apply", _APPLY_EVERY_S):
-            for session, ledger in self._ledgers.opened():
-                self._apply_pending(session, ledger)
+            self._apply_kept()
         if self._is_due("trim", _TRIM_EVERY_S):
             self._stream.trim()
 
@@ -145,9 +148,22 @@ class ReceiptWriter:
         )
         self._has_leftovers |= bool(reply[1])  # Redis 7 adds a third part
 
-    def _read(self, start: str) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
-        """Entries that nobody has read (`>`), or those that we have not acknowledged (`0`)."""
-        block = _BLOCK_MS if start == ">" else None
+    def _write_leftovers(self) -> None:
+        """Try the next of them, and after the last the first: what is stuck holds up no other."""
+        found = self._read(self._left_after)
+        is_complete = self._write(found, again=True)
+        if len(found) == _BATCH:
+            self._left_after = found[-1][0]
+            return
+        self._has_leftovers = not is_complete or self._left_after != b"0"
+        self._left_after = b"0"
+        if self._has_leftovers:
+            self._stop.wait(1.0)
+
+    def _read(self, start: bytes) -> list[tuple[bytes, Mapping[bytes, bytes]]]:
+        """Entries that nobody has read (`>`), or those after an id that we have not
+        acknowledged."""
+        block = _BLOCK_MS if start == b">" else None
         answer = self._redis.xreadgroup(
             LEDGER_GROUP, self._name, {EVENTS_STREAM: start}, count=_BATCH, block=block
         )
@@ -165,10 +181,12 @@ class ReceiptWriter:
                 by_session[entry.session].append(entry)
         is_complete = True
         for session, entries in by_session.items():
-            if self._write_session(session, entries, again=again):
+            if not self._stop.is_set() and self._write_session(session, entries, again=again):
                 done.extend(entry.id for entry in entries)
             else:
                 is_complete = False
+                if self._ledgers.are_one:  # the others would wait for the same in vain
+                    break
         if done:
             self._redis.xack(EVENTS_STREAM, LEDGER_GROUP, *done)
         return is_complete
@@ -184,6 +202,7 @@ class ReceiptWriter:
             proven = self._left_untold(ledger, receipts) if again else _proven(changes)
         except StorageError as error:
             return self._excuse(session, error)
+        self._failing.pop(session, None)
         self._tell(session, proven)
         return True
 
@@ -194,8 +213,26 @@ class ReceiptWriter:
         failed = outbox.failed_jobs(self._redis, [row.job_id for row in rows])
         return [row for row in rows if row.job_id in failed]
 
-    def _apply_pending(self, session: str, ledger: Ledger) -> None:
+    def _apply_kept(self) -> None:
+        """Receipts that were kept until their message has its id: of the sessions in use, and once
+        of every other, for what the last process left."""
+        sessions = set(self._ledgers.in_use())
+        if self._is_due("visit", _VISIT_EVERY_S):  # one that is damaged is looked through each time
+            sessions |= self._unvisited
+        for session in sessions:
+            if self._stop.is_set():
+                return
+            if self._apply_pending(session):
+                self._unvisited.discard(session)
+            elif self._ledgers.are_one:
+                return
+
+    def _apply_pending(self, session: str) -> bool:
+        """Whether that was done, or is in vain."""
         try:
+            ledger = self._ledgers.get(session)
+            if ledger is None:
+                return True
             receipts, changes = ledger.apply_pending(now=time.time())
             if receipts:
                 told = {row.message_id: row for row in _proven(changes)}
@@ -203,26 +240,19 @@ class ReceiptWriter:
                 self._tell(session, told.values())
                 ledger.drop_pending(receipts)
         except StorageError as error:
-            self._excuse(session, error)
-
-    def _apply_everywhere(self) -> None:
-        """Once at the start: receipts that were kept when the last process ended."""
-        for session in Sessions(self._settings.data_dir).ids():
-            if self._stop.is_set():
-                return
-            try:
-                ledger = self._ledgers.get(session)
-            except StorageError as error:
-                self._excuse(session, error)
-                continue
-            if ledger is not None:
-                self._apply_pending(session, ledger)
+            return self._excuse(session, error)
+        self._failing.pop(session, None)
+        return True
 
     def _excuse(self, session: str, error: StorageError) -> bool:
-        """Whether to go on without: a ledger that is broken must not hold up the stream."""
-        level = logging.WARNING if error.transient else logging.ERROR
-        log.log(level, "events.ledger_failed", extra={"session": session, "error": str(error)})
-        return not error.transient
+        """Whether to go on without: a ledger that is broken must not hold up the stream. Said once
+        until it works again."""
+        kind = type(error).__name__
+        if self._failing.get(session) != kind:
+            self._failing[session] = kind
+            level = logging.WARNING if error.transient else logging.ERROR
+            log.log(level, "events.ledger_failed", extra={"session": session, "error": str(error)})
+        return not error.transient and not isinstance(error, LedgerNewer)
 
     def _tell(self, session: str, rows: Iterable[Row]) -> None:
         """A receipt proved that these were sent: their jobs and the CRM hear of it."""
@@ -242,9 +272,11 @@ def _receipt(id: bytes, fields: Mapping[bytes, bytes]) -> _Entry | None:
         if status is None:
             return None
         payload = json.loads(fields[b"payload"])
-        receipt = Receipt(str(payload["wa_message_id"]), status, float(payload["at"]))
+        if not _WA_MESSAGE_ID.fullmatch(payload["wa_message_id"]):
+            return None
+        receipt = Receipt(payload["wa_message_id"], status, float(payload["at"]))
         return _Entry(id, fields[b"session"].decode(), receipt)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -255,7 +287,19 @@ class _Ledgers:
         self._settings = settings
         self._sessions = Sessions(settings.data_dir)
         self._open: OrderedDict[str, tuple[int, Ledger]] = OrderedDict()  # by inode
+        self._sound: dict[str, int] = {}  # inodes of those that were opened once
         self._shared: Ledger | None = None
+        self.are_one = settings.database_url is not None
+        # Opening makes two calls, and no signal ends one: a stop is heeded in time all the same.
+        self._timeout_s = min(settings.db_timeout_s, settings.shutdown_timeout_s / 3)
+
+    def sessions(self) -> list[str]:
+        """All that there are."""
+        return self._sessions.ids()
+
+    def in_use(self) -> list[str]:
+        """Those whose ledger was asked for lately."""
+        return list(self._open)
 
     def get(self, session: str) -> Ledger | None:
         """The ledger of a session; None when there is none.
@@ -263,22 +307,18 @@ class _Ledgers:
         Raises:
             StorageError: It cannot be used, now or at all (see `transient`).
         """
+        inode = self._inode(session)
+        if session in self._open and self._open[session][0] != inode:
+            self._drop(session)  # deleted, and perhaps made anew since
+        if inode is None:
+            self._sound.pop(session, None)
+            return None
         if session not in self._open:
-            inode = self._inode(session)
-            if inode is None:
-                return None
-            self._open[session] = inode, self._make(session)
+            self._open[session] = inode, self._make(session, inode)
         self._open.move_to_end(session)
         if len(self._open) > _OPEN_LEDGERS:
             self._drop(next(iter(self._open)))
         return self._open[session][1]
-
-    def opened(self) -> list[tuple[str, Ledger]]:
-        """Those in use; of a session that was deleted, or made anew since, none is."""
-        for session, (inode, _) in list(self._open.items()):
-            if self._inode(session) != inode:
-                self._drop(session)
-        return [(session, ledger) for session, (_, ledger) in self._open.items()]
 
     def close(self) -> None:
         for session in list(self._open):
@@ -286,10 +326,14 @@ class _Ledgers:
         if self._shared is not None:
             self._shared.close()
 
-    def _make(self, session: str) -> Ledger:
-        url, timeout_s = self._settings.database_url, self._settings.db_timeout_s
+    def _make(self, session: str, inode: int) -> Ledger:
+        url, timeout_s = self._settings.database_url, self._timeout_s
         if url is None:
-            return Ledger.open(self._path(session), session, timeout_s=timeout_s)
+            was_sound = self._sound.get(session) == inode
+            path = self._path(session)
+            ledger = Ledger.open(path, session, timeout_s=timeout_s, was_sound=was_sound)
+            self._sound[session] = inode
+            return ledger
         if self._shared is None:
             self._shared = Ledger.open(url, session, timeout_s=timeout_s)
         return self._shared.of(session)

@@ -1,8 +1,8 @@
 """A small process that has imported everything but Go, and forks the device processes.
 
-`python -m whatsapp_worker.fork_helper FD`, started by the supervisor with one end of a Unix socket
-pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS) and,
-where wanted, a file for the stderr of its native libraries; one answer a packet. It stays
+`python -m whatsapp_worker.fork_helper FD ROOM`, started by the supervisor with one end of a Unix
+socket pair. One request a packet: JSON, with the child's end of its channel beside it (SCM_RIGHTS)
+and, where wanted, a file for the stderr of its native libraries; one answer a packet. It stays
 single-threaded, so that a fork is safe, and never loads neonize's Go library, since a forked Go
 runtime hangs: `neonize_loader.py`.
 At the end of its socket it exits; its children go on, since each hangs on its own channel, and the
@@ -36,6 +36,7 @@ from whatsapp_worker.settings import Network, Settings
 log = logging.getLogger(__name__)
 
 PACKET = 65_536
+ROOM = " " * 88  # argument: children write "whatsapp-worker device SESSION" over ours, for `ps`
 PLAIN = "plain"  # argument: without neonize's Python
 
 # What the children will need, neonize's own needs included. Missing ones cost a child time only.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whatsapp_worker import heap, process
-from whatsapp_worker.fork_helper import PACKET
+from whatsapp_worker.fork_helper import PACKET, ROOM
 
 COMMAND = (sys.executable, "-m", "whatsapp_worker.fork_helper")
 
@@ -27,14 +27,14 @@ class Forker:
 
         Args:
             environ: Handed on whole, with additions, and so what Go sees in its children.
-            command: Its program; gets the descriptor of its socket as last argument.
+            command: Its program; gets the descriptor of its socket as first argument.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Python's own time-out would make `hear` wait, too: the kernel's is for sends alone.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 1, 0))
         descriptor = theirs.fileno()
         self._process = subprocess.Popen(
-            [*command, str(descriptor)],
+            [*command, str(descriptor), ROOM],
             env={**heap.FRUGAL, **process.importable(environ), "NEONIZE_BOT_TAG": "off"},
             stdin=subprocess.DEVNULL,
             stdout=2,

@@ -207,6 +207,10 @@ class _Worker(SimpleWorker):
     def _install_signal_handlers(self) -> None:
         """The process has its own, which only set a flag."""
 
+    def _set_ip_address(self, connection: Redis) -> None:
+        """RQ's asks Redis, and ends over the answer where a socket's path has a space in it."""
+        self.ip_address = "unknown"
+
 
 def _drop_poison(redis: Any, queue: str) -> None:
     """Remove jobs that cannot even be read: one would end RQ's worker before the next is run."""

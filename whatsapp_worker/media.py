@@ -1,6 +1,7 @@
 """The files that messages point at: fetched to disk, checked, described; never held in memory."""
 
 import contextlib
+import math
 import mimetypes
 import os
 import shutil
@@ -24,6 +25,8 @@ FOLDER = "media"  # below the session's folder
 _CHUNK = 65_536
 _THUMBNAIL = (100, 100)
 _MAX_PIXELS = 24_000_000  # decoded for a thumbnail; a baseline JPEG is decoded smaller
+_TOOL_KIB = 1024 * 1024  # address space of ffmpeg
+_TOOL_BLOCKS = 65_536  # of 512 bytes, some shells say 1024: what it writes is told to end sooner
 _PREVIEW_S = 10.0
 _MAX_PAGE = 512 * 1024
 _MAX_PICTURE = 2 * MIB
@@ -280,16 +283,19 @@ def _to_voice(path: Path, sniffed: str | None, deadline: float) -> Path:
             " install it or send OGG with Opus"
         )
     options = "-vn -map_metadata -1 -ac 1 -ar 48000 -c:a libopus -b:a 32k -f ogg"
-    target = _converted(path)
-    if not _ffmpeg(path, demuxer, f"{options} -fs {16 * MIB}", target, deadline):
+    target, limit = _converted(path), media_types.LIMITS_MIB["audio"] * MIB
+    if not _ffmpeg(path, demuxer, f"{options} -fs {limit}", target, deadline):
         raise MediaFailed("ffmpeg could not make a voice note of it")
+    if target.stat().st_size >= limit:  # ffmpeg stopped there, and the rest is missing
+        raise MediaFailed(f"is longer than the {limit} bytes that are allowed, as a voice note")
     return target
 
 
 def _still(path: Path, mimetype: str, deadline: float) -> dict[str, Any]:
     """A film's first picture; nothing without ffmpeg."""
     target = _converted(path)
-    options = "-an -frames:v 1 -vf scale=100:-2 -c:v mjpeg -f image2 -update 1"
+    fit = "scale=100:100:force_original_aspect_ratio=decrease"
+    options = f"-an -frames:v 1 -vf {fit} -c:v mjpeg -f image2 -update 1"
     demuxer = media_types.DEMUXERS[mimetype]
     if not shutil.which("ffmpeg") or not _ffmpeg(path, demuxer, options, target, deadline):
         return {}
@@ -297,19 +303,23 @@ def _still(path: Path, mimetype: str, deadline: float) -> dict[str, Any]:
 
 
 def _ffmpeg(source: Path, demuxer: str, options: str, target: Path, deadline: float) -> bool:
-    """Run it on a file from strangers: it reads that file alone, as what its bytes say, and has
-    nothing of our environment."""
-    quiet = "ffmpeg -nostdin -v quiet -y -threads 1 -protocol_whitelist file"
-    command = [*quiet.split(), "-f", demuxer, "-i", f"file:{source}"]
-    command += [*options.split(), f"file:{target}"]
+    """Run it on a file from strangers: it reads that file alone, as what its bytes say, has
+    nothing of our environment, and its memory, output and time are bounded, also where this
+    process is killed meanwhile."""
+    left_s = max(0.1, deadline - time.monotonic())
+    limits = f"ulimit -v {_TOOL_KIB}; ulimit -f {_TOOL_BLOCKS}; ulimit -t {math.ceil(left_s)}"
+    quiet = "ffmpeg -nostdin -v quiet -y -threads 1 -filter_threads 1 -protocol_whitelist file"
+    given = f"-max_pixels {_MAX_PIXELS} -f {demuxer} -i"
+    command = [*quiet.split(), *given.split(), f"file:{source}"]
+    command += [*options.split(), "-threads", "1", f"file:{target}"]
     try:
         done = subprocess.run(
-            command,
+            ["/bin/sh", "-c", f'{limits}; exec "$@"', "sh", *command],
             env={"PATH": os.environ.get("PATH", os.defpath)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=max(0.1, deadline - time.monotonic()),
+            timeout=left_s,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -85,10 +85,7 @@ def validate(kwargs: Mapping[str, Any], *, session: str | None = None) -> Outgoi
     message = _message(given.pop("message", None))
     if message.to is not None and recipient.parse(message.to, field="message.to") != to:
         raise InvalidMessage("message.to", "does not agree with to")
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        raise _refusal("", error) from None
+    options = _options(given)
     _check_metadata(options.metadata)
     if (missing := content.unknown_author(message, is_group=to.is_group)) is not None:
         raise InvalidMessage(f"message.{missing}", "is missing: in a group, say who wrote it")
@@ -108,6 +105,15 @@ def validate(kwargs: Mapping[str, Any], *, session: str | None = None) -> Outgoi
     )
 
 
+def check_message_id(given: object) -> str:
+    """A message id as a job may have it.
+
+    Raises:
+        InvalidMessage: It is none.
+    """
+    return _options({"message_id": given}).message_id
+
+
 def readable_metadata(given: object) -> Mapping[str, Any]:
     """The metadata of arguments in which something else is wrong; empty where it is itself."""
     with contextlib.suppress(InvalidMessage):
@@ -115,6 +121,13 @@ def readable_metadata(given: object) -> Mapping[str, Any]:
             _check_metadata(given)
             return given
     return {}
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    try:
+        return Options.model_validate(given)
+    except ValidationError as error:
+        raise _refusal("", error) from None
 
 
 def _session(given: object, expected: str | None) -> str:

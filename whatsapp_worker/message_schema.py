@@ -16,7 +16,7 @@ def schema() -> dict[str, Any]:
     """The whole schema. What it refuses the worker refuses, and what it accepts the worker accepts,
     but for what no schema says: a `message.to` unlike `to`, a `from` that a group needs, more
     votes than a poll has options, limits of what a text spells (a port, degrees), lengths in bytes
-    (metadata, steps of a path).
+    (metadata, steps of a path), and a whole number written as 1.0.
     """
     definitions: dict[str, Any] = {}
     messages = [_define(model, definitions) for model in content.MODELS]

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from whatsapp_worker import process
 from whatsapp_worker.heap import Pages
 
 # neonize's generated protobuf modules, its largest part beside the Go library.
@@ -34,6 +35,9 @@ _PROTOBUFS = (
 _CLIENT = "neonize.client"
 _LOG = "neonize.utils.log"
 _REAP_S = 1.0
+# Go has a thread that looks every 20 microseconds whether a call into C has ended; each look costs
+# the others their core: a quarter of what ten busy sessions get done (docs/decisions/0011).
+_SLACK_S = 0.001
 
 _protobufs: dict[str, ModuleType] = {}  # those loaded ahead, by neonize's own names
 _stand_ins: "list[StandIn]" = []  # in a child of a helper with neonize's Python, one
@@ -165,12 +169,13 @@ def load() -> ModuleType:
     Raises:
         ImportError, OSError, RuntimeError: neonize or its library cannot be loaded.
     """
-    if _stand_ins:
-        _stand_ins[0].load()
-    else:
-        sys.modules.update(_protobufs)
-        find_libmagic()
-    client = importlib.import_module(_CLIENT)
+    with process.late_timers(_SLACK_S):
+        if _stand_ins:
+            _stand_ins[0].load()
+        else:
+            sys.modules.update(_protobufs)
+            find_libmagic()
+        client = importlib.import_module(_CLIENT)
     _reap()
     return client
 

@@ -23,10 +23,9 @@ class Notifier:
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; sent when it changed."""
-        if text != self._status:
+        """One line for `systemctl status`; sent when it changed, again where it was not taken."""
+        if text != self._status and self._send(f"STATUS={text}"):
             self._status = text
-            self._send(f"STATUS={text}")
 
     def ticked(self, now: float) -> None:
         """Say that the loop is alive, at half of the interval that systemd asks for."""
@@ -34,12 +33,14 @@ class Notifier:
             self._next_watchdog = now + self._watchdog_s / 2
             self._send("WATCHDOG=1")
 
-    def _send(self, text: str) -> None:
+    def _send(self, text: str) -> bool:
+        """Whether it was taken."""
         if not self._address:
-            return
+            return False
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(0.2)
-            sock.sendto(text.encode(), self._address)
+            return sock.sendto(text.encode(), self._address) > 0
+        return False
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:

@@ -508,21 +508,19 @@ class Outbox:
         found = self._wire.ask(*(("LINDEX", key, place) for place in places))
         return [None if place < 0 else id for place, id in zip(places, found, strict=True)]
 
-    def page(self, queue: str, start: int, count: int = _PAGE) -> list[Job]:
+    def page(self, queue: str, start: int, count: int) -> list[Job]:
         """The jobs that wait on a queue from this place on; what is in hand is not among them."""
         lane = self._lane(queue)
         return self._load_all(lane, self._redis.lrange(lane.queue, start, start + count - 1))
 
-    def in_hand(self, queue: str) -> list[bytes]:
-        """The ids that the consumer has popped and not settled: one that is being sent, and one
-        that comes next or is put back in a moment."""
-        found: list[bytes] = self._redis.lrange(self._lane(queue).limbo, 0, _PAGE - 1)
-        return found
-
-    def later(self, queue: str, start: int, count: int = _PAGE) -> list[Job]:
-        """The jobs that wait for their `send_at`, the earliest first."""
+    def waiting(self, queue: str) -> list[bytes]:
+        """The ids of all that is not settled at this moment: in hand, in the queue, for later. One
+        moment, since a consumer that may not send what it popped puts it back."""
         lane = self._lane(queue)
-        return self._load_all(lane, self._redis.zrange(lane.scheduled, start, start + count - 1))
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.lrange(lane.limbo, 0, -1).lrange(lane.queue, 0, -1).zrange(lane.scheduled, 0, -1)
+        in_hand, queued, later = pipeline.execute()
+        return [*in_hand, *queued, *later]
 
     def load(self, queue: str, raw_ids: Sequence[bytes]) -> list[Job]:
         """These jobs, wherever they are now."""
@@ -655,10 +653,6 @@ class Outbox:
     def is_holding(self) -> bool:
         """Whether jobs were popped, or may be at any moment."""
         return any(lane.held or lane.asked_at or lane.in_hand for lane in self._lanes)
-
-    def tell(self, event: Event, payload: Mapping[str, Any]) -> None:
-        """Tell the stream something of this session."""
-        self._stream.add(event, self.session, payload)
 
     def ping(self) -> None:
         """Nothing but whether Redis answers; RedisError when it does not."""

@@ -14,6 +14,7 @@ from whatsapp_worker.settings import Settings
 log = logging.getLogger(__name__)
 
 FILE = "pacing.json"  # in the session's folder
+LIMITED = "its pace is limited (PACE_PER_MINUTE)"
 
 
 def pace_of(settings: Settings) -> Pace | None:

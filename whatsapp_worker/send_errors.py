@@ -20,8 +20,18 @@ class Kind(StrEnum):
         return self in (Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT)
 
 
-# The first that is found in the text decides. Texts: whatsmeow send.go and errors.go, neonize.
-_WORDS = (
+# The first pattern that is found in the text decides. Texts: whatsmeow send.go and errors.go,
+# neonize. A server error is `<ack error=...>`; 420 and 429: too many; 463: this number may not
+# write to strangers now. An info query is a question that comes before a message is encrypted: who
+# is behind a number, which devices it has, who is in a group. Most refusals of one concern all:
+# they must not fail a whole queue.
+TABLE: tuple[tuple[str, Kind], ...] = (
+    *((rf"server returned error {code}\b", Kind.STOP_SENDING) for code in (420, 429, 463)),
+    *((rf"server returned error {code}\b", Kind.TRANSIENT) for code in (408, 500, 502, 503, 504)),
+    (r"server returned error \d", Kind.RECIPIENT),
+    *((rf"info query returned status {code}\b", Kind.STOP_SENDING) for code in (420, 429, 463)),
+    *((rf"info query returned status {code}\b", Kind.RECIPIENT) for code in (400, 404, 406)),
+    (r"info query returned status \d", Kind.TRANSIENT),
     ("no LID found for", Kind.RECIPIENT),
     ("client is nil", Kind.NOT_CONNECTED),
     ("store doesn't contain a device JID", Kind.LOGGED_OUT),
@@ -35,32 +45,7 @@ _WORDS = (
     ("that group does not exist", Kind.RECIPIENT),
 )
 
-# Of `<ack error=...>`. 420 and 429: too many; 463: this number may not write to strangers now.
-_STOP_CODES = frozenset({420, 429, 463})
-_TRANSIENT_CODES = frozenset({408, 500, 502, 503, 504})
-_CODE = re.compile(r"server returned error (\d{1,6})")
-# Of a question that comes before a message is encrypted: who is behind a number, which devices it
-# has, who is in a group. Most refusals of one concern all: they must not fail a whole queue.
-_QUERY_CODE = re.compile(r"info query returned status (\d{1,6})")
-_RECIPIENT_CODES = frozenset({400, 404, 406})
-
 
 def classify(text: str) -> Kind:
     """What neonize's error text says about the message; what nobody knows is `UNSURE`."""
-    if code := _CODE.search(text):
-        return _of_code(int(code[1]))
-    if code := _QUERY_CODE.search(text):
-        return _of_query(int(code[1]))
-    return next((kind for words, kind in _WORDS if words in text), Kind.UNSURE)
-
-
-def _of_code(code: int) -> Kind:
-    if code in _STOP_CODES:
-        return Kind.STOP_SENDING
-    return Kind.TRANSIENT if code in _TRANSIENT_CODES else Kind.RECIPIENT
-
-
-def _of_query(code: int) -> Kind:
-    if code in _STOP_CODES:
-        return Kind.STOP_SENDING
-    return Kind.RECIPIENT if code in _RECIPIENT_CODES else Kind.TRANSIENT
+    return next((kind for pattern, kind in TABLE if re.search(pattern, text)), Kind.UNSURE)

@@ -67,25 +67,35 @@ def maintenance_sentry(
 
 
 class _Transport(HttpTransport):
-    """Sentry's own, which also says what was lost."""
+    """Sentry's own, which also says what was taken and what was lost."""
 
-    on_lost: Callable[[str], None] = staticmethod(lambda event_id: None)
+    on_end: Callable[[str, bool], None] = staticmethod(lambda event_id, is_taken: None)
 
     def record_lost_event(
         self, reason: str, data_category: Any = None, item: Any = None, *, quantity: int = 1
     ) -> None:
-        event = item.get_event() if item is not None else None
-        if event and reason in ("network_error", "queue_overflow"):
-            self.on_lost(str(event["event_id"]))
+        if item is not None and reason in ("network_error", "queue_overflow", "ratelimit_backoff"):
+            self._tell(item, is_taken=False)
+
+    def _handle_response(self, response: Any, envelope: Any) -> None:
+        super()._handle_response(response, envelope)
+        # A loss is recorded by now, but for 429. What is too large (413) would be so for ever.
+        self._tell(envelope, is_taken=response.status != 429)
+
+    def _tell(self, whole: Any, *, is_taken: bool) -> None:
+        event = whole.get_event()
+        if event:
+            self.on_end(str(event["event_id"]), is_taken)
 
 
 def client(
-    dsn: str, *, host: str, release: str, on_lost: Callable[[str], None]
+    dsn: str, *, host: str, release: str, on_end: Callable[[str, bool], None]
 ) -> "sentry_sdk.Client":
     """A client of our own: nothing in this process is captured but what we hand to it.
 
     Args:
-        on_lost: Told the id of each event that Sentry did not take; on any thread.
+        on_end: Told the id of each event that left, and whether Sentry took it (the first word
+            counts) or is to be asked again; on any thread.
 
     Raises:
         SettingsError: SENTRY_DSN is no DSN.
@@ -101,7 +111,7 @@ def client(
             before_send=_before_send,
         )
     if isinstance(made.transport, _Transport):
-        made.transport.on_lost = on_lost
+        made.transport.on_end = on_end
     return made
 
 
@@ -145,6 +155,7 @@ def _before_send(event: Event, hint: Hint) -> Event:
 
 
 def _scrub_job(event: Event, hint: Hint) -> Event:
+    event.pop("contexts", None)  # the trace of one job alone, whose ids look like numbers
     job = event.get("extra", {}).get("rq-job")
     if isinstance(job, dict):
         job.pop("description", None)  # RQ's default repeats the arguments

@@ -280,14 +280,12 @@ class Settings:
         "`1` fetches files from private, loopback and link-local addresses too.",
         _is_on,
     )
-    db_pool_size: int = _count(
-        "DB_POOL_SIZE", 10, "Database connections of the web process, which is to come.", 1, 200
-    )
     db_timeout_s: float = _seconds(
-        "DB_TIMEOUT_S", 60.0, "One query of the events process and of tools.", 1, 600
-    )
-    request_timeout_s: float = _seconds(
-        "REQUEST_TIMEOUT_S", 30.0, "One request to the web process, which is to come.", 1, 600
+        "DB_TIMEOUT_S",
+        60.0,
+        "One query of tools; of the events process, a third of SHUTDOWN_TIMEOUT_S at most.",
+        1,
+        600,
     )
     health_check_interval_s: float = _seconds(
         "HEALTH_CHECK_INTERVAL_S", 30.0, "Between two heartbeats of a device process.", 0.1, 600

@@ -91,10 +91,12 @@ def run(settings: Settings, *, also: Sequence[str] = ()) -> int:
     sessions = Sessions(settings.data_dir, max_tombstones=settings.max_tombstones)
     sessions.prepare()
     lock = FileLock(settings.data_dir / "supervisor.lock")
+    note = {"host": socket.gethostname(), "network": settings.network, "started_at": time.time()}
     try:
-        lock.acquire(1.0, note={"host": socket.gethostname(), "started_at": time.time()})
+        lock.acquire(1.0, note=note)
     except LockHeld as held:
         raise AlreadyRunning(_who_holds(settings.data_dir, held.holder)) from None
+    process.raise_open_files(process.open_files_needed(settings.max_sessions))
     with lock:
         return Supervisor(settings, sessions, environ=os.environ, also=also).run()
 

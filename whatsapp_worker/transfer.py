@@ -227,7 +227,7 @@ def _take_ledger(
 ) -> int:
     """Bring the ledger's rows where this host keeps them, under the session's id."""
     path = folder / "ledger.db"
-    with contextlib.closing(Ledger.open(path, was)) as packed:
+    with contextlib.closing(Ledger.open(path, was, is_owner=True)) as packed:
         if open_ledger is None and session == was:
             return sum(packed.counts().values())
         aside = folder / "renamed.db"

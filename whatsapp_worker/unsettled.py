@@ -42,6 +42,7 @@ class Unsettled:
         """
         self._settings = settings
         self._sessions = sessions
+        self._ledgers = _Ledgers(settings, sessions)
         self._raise_alert = raise_alert
         self._clock = clock
         self._patience_s = settings.unknown_alert_s
@@ -73,7 +74,7 @@ class Unsettled:
         """
         until = self._clock() - self._patience_s
         looked: dict[str, float] = {}
-        with contextlib.closing(_Ledgers(self._settings, self._sessions)) as ledgers:
+        with contextlib.closing(self._ledgers) as ledgers:
             for session in self._sessions.ids():
                 if self._leave.is_set():
                     return
@@ -103,12 +104,13 @@ class Unsettled:
 
 
 class _Ledgers:
-    """Opens ledgers one after another; a shared database is connected to once."""
+    """Opens ledgers one after another; a shared database is connected to once in a look."""
 
     def __init__(self, settings: Settings, sessions: Sessions) -> None:
         self._settings = settings
         self._sessions = sessions
         self._shared: Ledger | None = None
+        self._sound: dict[str, int] = {}  # inodes of those that were opened once
 
     @contextlib.contextmanager
     def of(self, session: str) -> Iterator[Ledger | None]:
@@ -122,12 +124,19 @@ class _Ledgers:
             yield self._shared.of(session)
             return
         path = self._sessions.folder(session) / "ledger.db"
-        if not path.exists():
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            self._sound.pop(session, None)
             yield None
             return
-        with contextlib.closing(Ledger.open(path, session, timeout_s=timeout_s)) as ledger:
+        was_sound = self._sound.get(session) == inode
+        opened = Ledger.open(path, session, timeout_s=timeout_s, was_sound=was_sound)
+        with contextlib.closing(opened) as ledger:
+            self._sound[session] = inode
             yield ledger
 
     def close(self) -> None:
         if self._shared is not None:
             self._shared.close()
+            self._shared = None

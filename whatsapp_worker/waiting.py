@@ -29,6 +29,7 @@ from whatsapp_worker import cancelling, recovery
 from whatsapp_worker.errors import UsageError
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import CANCEL_REQUESTS, session_id, session_of_queue
+from whatsapp_worker.message import check_message_id
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.rq_job import Job
 from whatsapp_worker.session import State
@@ -36,7 +37,6 @@ from whatsapp_worker.stream import EventStream
 
 log = logging.getLogger(__name__)
 
-EXPIRED = "its time was over before it could be sent"
 _REQUESTS_AT_ONCE = 100
 _ANSWER_TTL_S = 60
 _ENDED_AT_ONCE = 200  # jobs
@@ -154,7 +154,7 @@ class Waiting:
         done = watch.look(outbox, queue, limit) if limit > 0 else 0
         if due := watch.due(time.time()):
             jobs = [job for job in outbox.load(queue, due) if job.status == "queued"]
-            ended = self._end(outbox, jobs, Status.EXPIRED, EXPIRED)
+            ended = self._end(outbox, jobs, Status.EXPIRED, recovery.TOO_LATE)
             watch.forget(outbox, queue, due, ended)
             done += ended
         return done
@@ -184,12 +184,15 @@ class Waiting:
             RedisError: Redis did not answer; who asked is not answered (transient).
         """
         asked: dict[str, dict[str, str]] = defaultdict(dict)  # session: request id: message id
+        refused: dict[str, dict[str, str]] = {}
         raw_requests = self._redis.lpop(CANCEL_REQUESTS, _REQUESTS_AT_ONCE) or []
-        for raw in raw_requests:
-            request = _read(raw)
-            if request is not None:
-                id, session, message_id = request
-                asked[session][id] = message_id
+        for id, request in filter(None, map(_read, raw_requests)):
+            try:
+                message_id = check_message_id(request.get("message_id"))
+                asked[session_id(request.get("session"))][id] = message_id
+            except UsageError as error:
+                refused[id] = {"error": str(error)}
+        self._answer(refused)
         for session, requests in asked.items():
             try:
                 answers = self._cancel(session, requests)
@@ -227,14 +230,13 @@ class Waiting:
             outbox.close()
 
 
-def _read(raw: bytes) -> tuple[str, str, str] | None:
-    """Request id, session and message id; None for what is no request."""
+def _read(raw: bytes) -> tuple[str, dict[str, Any]] | None:
+    """Request id, and all that the request says; None where it names no list for an answer."""
     try:
         found = json.loads(raw)
-        id, message_id = found["id"], found["message_id"]
-        if not _REQUEST_ID.match(id) or not isinstance(message_id, str) or "\0" in message_id:
-            return None
-        return id, session_id(found["session"]), message_id
-    except (ValueError, TypeError, KeyError, RecursionError, UsageError):
-        log.warning("cancel.request_refused")
-        return None
+        if _REQUEST_ID.match(found["id"]):
+            return found["id"], found
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    log.warning("cancel.request_refused")
+    return None

@@ -9,10 +9,6 @@ from world import World
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    """A fresh world; what its processes logged is printed when the test fails."""
-    it = World(tmp_path)
-    try:
-        yield it.start()
-    finally:
-        it.close()
-        print(it.logs())
+    """A fresh world."""
+    with World.running(tmp_path) as it:
+        yield it

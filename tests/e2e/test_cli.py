@@ -81,6 +81,19 @@ def test_messages_are_sent_and_looked_up_from_the_command_line(world: World):
     ask(world, "messages", "show", "sales", "m9", code=1)
 
 
+def test_a_send_that_is_not_done_in_time_says_so_and_may_still_be_done(world: World):
+    world.link("sales")
+    ask(world, "stop", "sales")
+    words = ("send", "sales", CONTACT, "In a while", "--id", "m1", "--wait", "--timeout", "0.5")
+    done = world.run(*words, "--json")
+    assert done.returncode == 7, (done.stdout, done.stderr)
+    queued = {"message_id": "m1", "status": "queued", "wa_message_id": None, "error": None}
+    assert json.loads(done.stdout) == queued
+    assert "within 0.5 s" in done.stderr and "status sales" in done.stderr
+    ask(world, "start", "sales")
+    eventually(lambda: [row["text"] for row in world.arrived(to=CONTACT)] == ["In a while"])
+
+
 def test_an_operator_resolves_a_message_that_nobody_acknowledged(tmp_path: Path):
     with contextlib.closing(World(tmp_path, SEND_TIMEOUT_S="2").start()) as world:
         _resolve(world)
@@ -182,6 +195,7 @@ def test_link_on_a_terminal_draws_the_code_and_counts_down_until_it_is_scanned(w
         assert "\n".join(qr.lines(code, colours=True)) in drawn
         picture = Path(world.folder / "code.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_mode & 0o777 == 0o600
         world.control.scan(code, phone="5511999990009")
         eventually(lambda: terminal.process.poll() == 0, what=terminal.text())
         assert "Linked +5511999990009" in terminal.text()
@@ -230,11 +244,20 @@ def test_link_by_pairing_code_and_again_with_a_qr_code(world: World):
     eventually(lambda: world.session("sales")["state"] == "connected")
 
 
+def test_a_command_needs_no_variables_of_the_sandbox_that_the_supervisor_runs_on(world: World):
+    eventually(lambda: world.status()["supervisor"]["alive"])
+    for name in ("WHATSAPP_NETWORK", "HTTPS_PROXY", "SSL_CERT_FILE"):
+        del world.environ[name]
+    assert world.status()["network"] == "sandbox"
+    assert world.link("sales")
+    assert world.session("sales")["network"] == "sandbox"
+
+
 def test_link_that_is_interrupted_shows_no_code_any_more(world: World):
     with contextlib.closing(Terminal(world, "link", "sales")) as terminal:
         eventually(lambda: "s left" in terminal.text(), what=terminal.text())
         terminal.process.send_signal(signal.SIGINT)
-        assert terminal.process.wait(10) == 130
+        assert terminal.process.wait(30) == 130
         assert "Traceback" not in terminal.text()
     eventually(lambda: world.session("sales")["state"] == "unlinked")
     eventually(lambda: world.session("sales")["pid"] is None)
@@ -242,7 +265,7 @@ def test_link_that_is_interrupted_shows_no_code_any_more(world: World):
 
 
 def test_a_link_attempt_ends_at_its_deadline_and_another_can_start_at_once(tmp_path: Path):
-    world = World(tmp_path, LINK_ATTEMPT_S="5")
+    world = World(tmp_path, LINK_ATTEMPT_S="15")
     try:
         world.start()
         begun_at = time.monotonic()
@@ -250,10 +273,10 @@ def test_a_link_attempt_ends_at_its_deadline_and_another_can_start_at_once(tmp_p
             told = list(lines)
         assert [line["event"] for line in told] == ["qr", "failed"]
         assert told[-1]["reason"] == "qr-expired"
-        assert time.monotonic() - begun_at < 12
+        assert time.monotonic() - begun_at < 40
         begun_at = time.monotonic()
         world.link("sales")
-        assert time.monotonic() - begun_at < 10
+        assert time.monotonic() - begun_at < 30
         assert world.state("sales")["state"] == "connected"
     finally:
         world.close()
@@ -264,5 +287,23 @@ def test_a_link_attempt_ends_at_its_deadline_and_another_can_start_at_once(tmp_p
 def test_a_second_one_on_the_same_folder_is_refused(world: World, words: tuple[str, ...]):
     eventually(lambda: world.status()["supervisor"]["alive"])
     done = world.run(*words)
-    assert done.returncode in (1, 5), done.stderr
+    assert done.returncode == 5, done.stderr
     assert "already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_refuses_an_environment_in_which_a_sandbox_session_could_reach_whatsapp(tmp_path: Path):
+    with contextlib.closing(World(tmp_path)) as world:
+        world.start_sandbox()
+        safe = dict(world.environ)
+        for name, value in (
+            ("HTTPS_PROXY", "http://proxy.example:3128"),
+            ("NO_PROXY", ".whatsapp.net"),
+            ("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"),
+        ):
+            world.environ = {**safe, name: value}
+            done = world.run("run", "--all")
+            assert (done.returncode, done.stdout) == (8, ""), done.stderr
+            assert name in done.stderr and "Traceback" not in done.stderr
+            assert not (world.data / "supervisor.lock").exists()
+        world.environ = safe
+        world.start_supervisor()

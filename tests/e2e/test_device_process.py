@@ -12,6 +12,7 @@ from world import World, eventually
 
 from storage.sessions import Sessions
 from whatsapp_worker import device_store
+from whatsapp_worker.device_process import DRAIN_S
 from whatsapp_worker.endings import EndingKind
 from whatsapp_worker.reports import Exit
 from whatsapp_worker.session import Reason
@@ -58,7 +59,7 @@ class Bench:
     def connect(self, session, **settings):
         """A device process that has logged in."""
         device = self.start("device", session, settings=settings)
-        device.expect("connected", within_s=20)
+        device.expect("connected")
         return device
 
     def ended_lock(self, session):
@@ -143,13 +144,13 @@ def test_a_pairing_code_links_without_a_camera(bench):
 def test_a_link_attempt_ends_at_its_deadline(bench):
     session = unique("slow")
     bench.create(session)
-    settings = {"LINK_ATTEMPT_S": "5"}
+    settings = {"LINK_ATTEMPT_S": "10"}
     started = time.monotonic()
     pairing = bench.start("pairing", session, settings=settings, method="qr")
     pairing.expect("qr")
     ending, _ = pairing.ended()
     assert (ending.kind, ending.reason) == (EndingKind.LINK_FAILED, Reason.QR_EXPIRED)
-    assert time.monotonic() - started < 9
+    assert time.monotonic() - started < 30
 
 
 def test_a_link_attempt_without_a_network_says_so(bench):
@@ -168,7 +169,7 @@ def test_a_login_that_fails_after_pairing_still_counts_as_linked(bench):
     code = pairing.expect("qr")["code"]
     bench.control.connect_failure(500, phone="5511970000009", count=1)
     bench.control.scan(code, phone="5511970000009")
-    ending, _ = pairing.ended(within_s=25)
+    ending, _ = pairing.ended()
     assert ending.kind is EndingKind.LINKED
     assert device_store.adopt(folder / "pairing.db", folder / "device.db").phone == "5511970000009"
     bench.connect(session)
@@ -180,14 +181,14 @@ def test_a_pairing_process_ends_when_its_supervisor_is_gone(bench):
     pairing = bench.start("pairing", session, method="qr")
     pairing.expect("qr")
     pairing.hang_up()
-    pairing.wait(5)
+    pairing.wait(30)
 
 
 # Running
 
 
 def test_a_device_process_logs_in_and_says_who_it_is(bench):
-    session = unique("run")
+    session = unique("run").ljust(64, "-")  # the longest id there is
     phone = bench.link(session)
     started = time.monotonic()
     device = bench.start("device", session)
@@ -195,7 +196,7 @@ def test_a_device_process_logs_in_and_says_who_it_is(bench):
     device.expect("connecting")
     connected = device.expect("connected")
     assert connected["phone"] == phone and connected["lid"].endswith("@lid")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     beat = _beat(device, lambda beat: beat["proof_of_life_age_s"] is not None)
     assert beat["proof_of_life_age_s"] < 10 and not beat["degraded"]
     assert beat["idle"] and beat["rss_mib"] > 1 and beat["fds"] > 1 and beat["threads"] > 1
@@ -217,7 +218,7 @@ def test_queued_messages_arrive_and_the_job_knows(bench):
     bench.link(session)
     jobs = [bench.world.enqueue(session, "+5511911112222", f"hello {n}", f"m{n}") for n in range(5)]
     bench.connect(session)
-    outcomes = bench.world.await_outcomes(jobs, within_s=20)
+    outcomes = bench.world.await_outcomes(jobs)
     assert {outcome["status"] for outcome in outcomes} <= {"sent", "delivered", "read"}
     arrived = bench.world.arrived(to="5511911112222")
     assert [row["text"] for row in arrived][-5:] == [f"hello {n}" for n in range(5)]
@@ -285,7 +286,7 @@ def test_failure_413_crashes_this_process_and_is_seen_as_a_crash(bench):
     phone = bench.link(session)
     bench.control.connect_failure(413, phone)
     device = bench.start("device", session)
-    code = device.wait(15)
+    code = device.wait(60)
     assert of_exit(code, None).kind is EndingKind.CRASHED
 
 
@@ -311,11 +312,14 @@ def test_a_server_that_stays_silent_at_login_ends_the_attempt_in_time(bench):
     session = unique("mute")
     bench.link(session)
     bench.control.stall()
+    job = bench.world.enqueue(session, "5511911113336", "not before the login", "m1")
     device = bench.start("device", session, settings={"CONNECT_TIMEOUT_S": "2"})
     device.expect("connecting")
-    ending, _ = device.ended(within_s=6)
+    ending, _ = device.ended(within_s=15)
     bench.control.unstall()
     assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.CONNECTION_FAILED)
+    assert job.get_status(refresh=True) == "queued"
+    assert bench.world.limbo(session) == {"queue": 1, "intermediate": 0, "started": 0}
 
 
 def test_a_deaf_connection_is_degraded_and_then_recycled(bench):
@@ -323,9 +327,9 @@ def test_a_deaf_connection_is_degraded_and_then_recycled(bench):
     phone = bench.link(session)
     device = bench.connect(session, HANG_TIMEOUT_S="38")
     bench.control.stall(phone)
-    beat = _beat(device, lambda beat: beat["degraded"], within_s=45)  # pings: 20 to 30 s, then 10 s
+    beat = _beat(device, lambda beat: beat["degraded"], within_s=90)  # pings: 20 to 30 s, then 10 s
     assert 10 < beat["proof_of_life_age_s"] < 45
-    ending, code = device.ended(within_s=20)
+    ending, code = device.ended()
     bench.control.unstall()
     assert (ending.kind, ending.reason) == (EndingKind.LOST, Reason.KEEPALIVE_TIMEOUT)
     assert code == Exit.CONNECTION_ENDED
@@ -350,7 +354,7 @@ def test_two_clients_with_the_same_credentials_end_one_of_them_as_replaced(bench
 def test_sigterm_drains_the_send_in_hand_and_leaves_the_queue(bench):
     session = unique("drain")
     phone = bench.link(session)
-    bench.control.send_fault("slow", phone, delay_s=2, count=1)
+    bench.control.send_fault("slow", phone, delay_s=4, count=1)
     device = bench.connect(session)
     first = bench.world.enqueue(session, "5511911114444", "slow", "m1")
     second = bench.world.enqueue(session, "5511911114444", "waits", "m2")
@@ -366,6 +370,35 @@ def test_sigterm_drains_the_send_in_hand_and_leaves_the_queue(bench):
 
 def _messages(bench, text):
     return [row for row in bench.control.messages() if row["text"] == text]
+
+
+def test_sigterm_is_obeyed_while_neonize_hangs_in_a_login(bench):
+    session = unique("waits")
+    bench.link(session)
+    bench.control.stall()
+    device = bench.start("device", session)
+    device.expect("connecting")
+    asked = time.monotonic()
+    device.signal(signal.SIGTERM)
+    ending, code = device.ended()
+    bench.control.unstall()
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.OK)
+    assert time.monotonic() - asked < DRAIN_S, "it was forced, or waited for the login"
+
+
+def test_sigterm_is_heard_while_a_send_hangs_in_neonize_and_bounds_it(bench):
+    session = unique("term")
+    phone = bench.link(session)
+    bench.control.send_fault("no_ack", phone, count=1)
+    device = bench.connect(session)
+    bench.world.enqueue(session, "5511911114445", "hangs in Go", "m1")
+    eventually(lambda: _messages(bench, "hangs in Go"))
+    asked = time.monotonic()
+    device.signal(signal.SIGTERM)
+    device.expect("leaving", within_s=DRAIN_S)
+    ending, code = device.ended(within_s=20)
+    assert (ending.kind, code) == (EndingKind.STOPPED, Exit.NOT_DRAINED)
+    assert time.monotonic() - asked < 20, "it waited for the send, SEND_TIMEOUT_S"
 
 
 def test_an_order_to_stop_is_obeyed_at_once_when_idle(bench):
@@ -409,7 +442,7 @@ def test_a_process_that_waits_for_redis_hears_its_supervisor(bench):
     orphan = bench.start("device", session, settings=nowhere)
     orphan.expect("heartbeat")
     orphan.hang_up()
-    assert orphan.wait(5) == Exit.ORPHANED
+    assert orphan.wait(30) == Exit.ORPHANED
 
 
 def test_an_order_to_log_out_removes_the_device_from_the_phone(bench):
@@ -429,7 +462,7 @@ def test_a_process_without_its_supervisor_ends_by_itself(bench):
     device = bench.connect(session)
     started = time.monotonic()
     device.hang_up()
-    assert device.wait(5) == Exit.ORPHANED
+    assert device.wait(30) == Exit.ORPHANED
     assert time.monotonic() - started < 2.5
 
 

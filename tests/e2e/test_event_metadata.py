@@ -1,12 +1,12 @@
 """Whatever is told of a message repeats what its CRM gave it along, whoever tells it: the device
 process, its successor's recovery, the queue keeper, the events process, an operator's command."""
 
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support import events
 from world import World, eventually
 
 from whatsapp_worker.client import Outbox
@@ -70,7 +70,7 @@ class Told:
         self.enqueue("m-deleted-session", session="idle")
         assert self.world.run("delete", "idle", "--yes", timeout_s=90).returncode == 0
         self.enqueue("m-cancelled", send_at=LATER)
-        assert Outbox(self.world.redis).cancel("sales", "m-cancelled")
+        assert Outbox(self.world.redis).cancel("sales", "m-cancelled", timeout_s=60)
         self.enqueue("m-cancelled-by-rq", send_at=LATER).cancel()
         self.wait("m-deleted-session", "m-cancelled", "m-cancelled-by-rq")
 
@@ -88,7 +88,7 @@ class Told:
             self.world.control.send_fault("no_ack", self.phone, count=1)
             more = {"on_unknown": "resend"} if id == "m-resent" else {}
             self.enqueue(id, SILENT, **more)
-            eventually(lambda: self.read().get(id), within_s=30, what=id)  # noqa: B023
+            eventually(lambda: self.read().get(id), what=id)  # noqa: B023
         for word in ("sent", "failed"):
             done = self.world.run("messages", "resolve", "sales", f"m-resolved-{word}", word)
             assert done.returncode == 0, done.stderr
@@ -104,10 +104,9 @@ class Told:
     def read(self) -> dict[str, dict[Event, list[dict[str, Any]]]]:
         """The payloads by message id and event."""
         found: dict[str, dict[Event, list[dict[str, Any]]]] = {}
-        for _, fields in self.world.redis.xrange("wa:events"):
-            event = Event(fields[b"event"].decode())
+        for entry in events(self.world.redis):
+            event, payload = Event(entry["event"]), entry["payload"]
             if event.startswith("message."):
-                payload = json.loads(fields[b"payload"])
                 by_event = found.setdefault(payload["message_id"], {})
                 by_event.setdefault(event, []).append(payload)
         return found
@@ -116,13 +115,9 @@ class Told:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     # So many lost answers in a row would open the breaker.
-    settings = {"SEND_TIMEOUT_S": "1", "MSG_FAILURE_THRESHOLD": "20"}
-    world = World(tmp_path_factory.mktemp("metadata"), **settings)
-    try:
-        yield Told(world.start())
-    finally:
-        world.close()
-        print(world.logs())
+    settings = {"SEND_TIMEOUT_S": "3", "MSG_FAILURE_THRESHOLD": "20"}
+    with World.running(tmp_path_factory.mktemp("metadata"), **settings) as world:
+        yield Told(world)
 
 
 def test_these_are_all_events_of_an_outbound_message() -> None:

@@ -139,16 +139,10 @@ def test_go_is_frugal_unless_whoever_starts_us_wants_otherwise(
 def test_sessions_of_a_surprised_helper_link_log_in_and_send(
     surprising: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
-    world = World(tmp_path, **surprising(*THREAD))
-    try:
-        world.start().link("sales")
+    with World.running(tmp_path, **surprising(*THREAD)) as world:
+        world.link("sales")
         world.await_state("sales", "connected")
         parent, device = helper_and_device(world, "sales")
         assert is_fit(parent) and is_plain(parent)
         assert str(tmp_path) in maps(device)  # its library is that of the surprising neonize
         assert sends(world, "sales")
-    except BaseException:
-        print(world.logs())
-        raise
-    finally:
-        world.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rq.job import Job
+from support import events
 from world import World, eventually
 
 CONTACT = "5521988880001"
@@ -15,12 +16,8 @@ CONTACT = "5521988880001"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    it = World(tmp_path_factory.mktemp("relinked"))
-    try:
-        yield it.start()
-    finally:
-        it.close()
-        print(it.logs())
+    with World.running(tmp_path_factory.mktemp("relinked")) as it:
+        yield it
 
 
 def enqueue(world: World, session: str, *texts: str) -> list[Job]:
@@ -39,14 +36,10 @@ def texts_of(world: World, phone: str) -> list[str]:
 
 def events_of(world: World, session: str) -> list[tuple[str, str]]:
     """Name and message of each message's event."""
-    rows = [fields for _, fields in world.redis.xrange("wa:events")]
-    found = [
-        (row, json.loads(row[b"payload"])) for row in rows if row[b"session"].decode() == session
-    ]
     return [
-        (row[b"event"].decode(), payload["message_id"])
-        for row, payload in found
-        if "message_id" in payload
+        (entry["event"], entry["payload"]["message_id"])
+        for entry in events(world.redis)
+        if entry["session"] == session and "message_id" in entry["payload"]
     ]
 
 

@@ -1,7 +1,6 @@
 """The main job from end to end: link, enqueue as a CRM does, deliver, learn what became of it."""
 
 import contextlib
-import json
 import os
 import pickle
 import signal
@@ -13,7 +12,7 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from support import eventually
+from support import events, eventually
 from world import World
 
 CONTACT = "5521988880001"
@@ -31,10 +30,7 @@ def test_a_message_is_sent_delivered_and_read(world: World):
     assert arrived["type"] == "text" and arrived["times"] == 1 and not arrived["bot"]
     assert set(arrived["message"]) == {"conversation", "messageContextInfo"}
     eventually(lambda: world.status_of("sales", "crm-1") == "read")
-    told = {
-        fields[b"event"].decode(): json.loads(fields[b"payload"])
-        for _, fields in world.redis.xrange("wa:events")
-    }
+    told = {entry["event"]: entry["payload"] for entry in events(world.redis)}
     for name in ("message.sent", "message.delivered", "message.read"):
         assert (told[name]["message_id"], told[name]["wa_id"]) == ("crm-1", CONTACT)
     assert "Olá" not in world.logs() and CONTACT not in world.logs()
@@ -89,9 +85,7 @@ def test_what_was_in_hand_when_the_phone_removed_the_device_is_not_sent_again(wo
     world.await_state("sales", "logged_out")
     [outcome] = world.await_outcomes([job])
     assert outcome["status"] == "unknown" and "unlinked" in outcome["error"]
-    with world.linking("sales") as lines:
-        world.control.scan(next(line["code"] for line in lines), phone=phone)
-        assert list(lines)[-1]["event"] == "linked"
+    world.link("sales", phone=phone)
     world.await_outcomes([world.enqueue("sales", CONTACT, "after", "m3")])
     assert [row["text"] for row in world.arrived(to=CONTACT)] == ["before", "in hand", "after"]
 
@@ -106,18 +100,17 @@ def test_a_wrong_hmac_ends_the_link_with_a_reason_and_no_process(world: World):
     assert world.link("sales")
 
 
-def test_an_expired_qr_ends_the_link_with_a_reason_and_no_process(tmp_path):
-    world = World(tmp_path, LINK_ATTEMPT_S="15")
-    try:
-        world.start()
+def test_codes_rotate_and_when_they_expired_the_link_ends_with_a_reason_and_no_process(tmp_path):
+    with World.running(tmp_path, LINK_ATTEMPT_S="35") as world:
+        world.control.expire_qr(codes=2)  # so few are shown for 20 s each, the first one too
         with world.linking("sales") as lines:
-            last = list(lines)[-1]
+            first, second, last = lines
+        assert first["event"] == second["event"] == "qr" and first["code"] != second["code"]
+        assert 15 < second["expires_in_s"] <= 20
         assert (last["event"], last["reason"]) == ("failed", "qr-expired")
         eventually(lambda: world.session("sales")["pid"] is None)
         assert world.state("sales")["state"] == "unlinked"
         assert world.link("sales")
-    finally:
-        world.close()
 
 
 def test_pickle_and_foreign_functions_are_refused_and_nothing_runs(world: World, tmp_path):

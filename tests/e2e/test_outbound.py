@@ -1,13 +1,16 @@
 """How messages leave on the real path: who goes first, to which number, and when WhatsApp wants
 less of them or none at all. Counted at the sandbox."""
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from datetime import UTC
 from typing import Any
 
 import pytest
 from rq.job import Job
+from support import events
 from world import World, eventually
 
 from whatsapp_worker import client
@@ -18,12 +21,8 @@ CONTACT = "5521988880001"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    it = World(tmp_path_factory.mktemp("outbound"))
-    try:
-        yield it.start()
-    finally:
-        it.close()
-        print(it.logs())
+    with World.running(tmp_path_factory.mktemp("outbound")) as it:
+        yield it
 
 
 class Limited:
@@ -55,6 +54,25 @@ def texts_of(world: World, phone: str) -> list[str]:
     return [row["text"] for row in world.arrived(sender=phone)]
 
 
+def test_a_message_that_is_refused_for_ever_reaches_whatsapp_ever_later_and_never_after_its_time(
+    world: World,
+) -> None:
+    phone = world.link("refused")
+    world.control.send_fault("refuse", phone, code=503, seconds=600)
+    job = world.enqueue("refused", CONTACT, "in time", "m0", ttl_s=1.0)
+    [outcome] = world.await_outcomes([job])
+    world.control.remove_fault()
+    assert outcome["status"] == world.status_of("refused", "m0") == "expired"
+    assert job.enqueued_at is not None
+    deadline = job.enqueued_at.replace(tzinfo=UTC).timestamp() + 1.0
+    tried = sorted(row["at"] for row in world.control.messages(sender=phone, refused=True))
+    assert 1 <= len(tried) <= 3
+    # What was in time when it left may arrive later; a fourth would have come 0.75 s after it.
+    assert tried[-1] < deadline + 0.5
+    gaps = [later - at for at, later in itertools.pairwise(tried)]
+    assert all(gap >= least for gap, least in zip(gaps, (0.25, 0.5), strict=False))
+
+
 def test_high_priority_overtakes_what_waits_and_each_lane_keeps_its_order(world: World) -> None:
     phone = world.link("lanes")
     world.control.send_fault("slow", phone, delay_s=0.05, seconds=60)
@@ -68,14 +86,16 @@ def test_high_priority_overtakes_what_waits_and_each_lane_keeps_its_order(world:
         return out.send_many("lanes", drafts)
 
     jobs = enqueue("normal", 60)
-    before = len(eventually(lambda: texts_of(world, phone)[5:], what="it is under way")) + 5
+    eventually(lambda: texts_of(world, phone)[5:], what="it is under way")
     jobs += enqueue("high", 20)
+    enqueued_at = time.time()
     # A CRM in another language chooses the lane by the queue.
     jobs.append(world.enqueue("lanes", CONTACT, "raw", "raw", queue="wa:out:lanes:high"))
     assert {outcome["status"] for outcome in world.await_outcomes(jobs)} == {"sent"}
     texts = texts_of(world, phone)
     first = texts.index("high 0")
-    assert first <= before + 4, "the one in hand, and the one popped behind it"
+    before = [row for row in world.arrived(sender=phone) if row["at"] < enqueued_at]
+    assert first <= len(before) + 2, "the one in hand, and the one popped behind it"
     assert texts[first : first + 21] == [*(f"high {n}" for n in range(20)), "raw"]
     assert [t for t in texts if "normal" in t] == [f"normal {n}" for n in range(60)]
 
@@ -124,17 +144,17 @@ def test_while_a_number_is_banned_its_messages_wait_and_go_out_when_the_ban_ends
     world: World,
 ) -> None:
     phone = world.link("banned")
-    world.control.connect_failure(402, phone, expire=6)
+    world.control.connect_failure(402, phone, expire=12)
     world.control.drop(phone)
     state = world.await_state("banned", "banned")
     assert state["reason"] == "wa-temporary-ban"
-    assert 3 < state["banned_until"] - time.time() <= 6.5
+    assert 6 < state["banned_until"] - time.time() <= 12.5
     jobs = [world.enqueue("banned", CONTACT, f"text {n}", f"x{n}") for n in range(3)]
     dials = len(world.control.connections(phone))
     shown = world.session("banned")
     assert (shown["state"], shown["queue"]["depth"]) == ("banned", 3)
     assert shown["banned_until"] == state["banned_until"]
-    eventually(lambda: time.time() > state["banned_until"] - 0.5, what="it is nearly over")
+    eventually(lambda: time.time() > state["banned_until"] - 2, what="it is nearly over")
     assert world.state("banned")["state"] == "banned"
     assert len(world.control.connections(phone)) == dials, "a banned number dials nobody"
     assert [job.get_status() for job in jobs] == ["queued"] * 3
@@ -150,16 +170,15 @@ def test_a_rate_limit_pauses_the_session_loses_nothing_and_ends(
 ) -> None:
     until = limited.queue["until"]
     assert "WhatsApp asked this number to pause" in limited.queue["reason"]
-    if time.time() < until - 1:
-        assert paused(world, "limited") == limited.queue
-        assert [job.get_status() for job in limited.jobs] == ["queued"] * 4
-        assert texts_of(world, limited.phone) == ["text 0"]
+    queue, statuses = paused(world, "limited"), [job.get_status() for job in limited.jobs]
+    texts = texts_of(world, limited.phone)
+    if time.time() < until:  # else the tests before this one took too long
+        assert (queue, statuses, texts) == (limited.queue, ["queued"] * 4, ["text 0"])
     outcomes = world.await_outcomes(limited.jobs, within_s=90)
     assert [outcome["status"] for outcome in outcomes] == ["sent"] * 4
     assert min(outcome["claimed_at"] for outcome in outcomes) >= until - 0.01
     assert texts_of(world, limited.phone) == [f"text {n}" for n in range(5)]
     rows = world.control.messages(sender=limited.phone, refused=True)
     assert [row["times"] for row in rows if row["refused"]] == [1], "asked once, and obeyed"
-    stream = [fields[b"event"] for _, fields in world.redis.xrange("wa:events")]
-    assert b"message.failed" not in stream
+    assert "message.failed" not in [entry["event"] for entry in events(world.redis)]
     assert world.session("limited")["queue"]["state"] in ("idle", "running")

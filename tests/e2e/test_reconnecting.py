@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ingest import Ingest
 from world import World, eventually
 
 from storage.sessions import Sessions
@@ -22,6 +23,7 @@ FATES: dict[str, dict[str, Any]] = {
     "replaced": {"conflict": "replaced"},
     "removed": {"conflict": "device_removed"},
     "gone": {"failure": 403},
+    "barred": {"failure": 406},  # a ban for good
     "outdated": {"failure": 405},
     "banned": {"failure": 402, "expire": 8},
     "crashed": {"failure": 413, "count": 1},
@@ -38,13 +40,17 @@ class Story:
     world: World
     began_at: float
     dials: dict[str, list[float]] = field(default_factory=dict)  # seconds after the loss
+    tries: dict[str, list[float]] = field(default_factory=dict)  # when the supervisor began each
     states: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
+    alerts: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    world = World(tmp_path_factory.mktemp("story"), FAILED_COOLDOWN_S="4")
+    ingest = Ingest().start()
+    folder = tmp_path_factory.mktemp("story")
+    world = World(folder, FAILED_COOLDOWN_S="4", SENTRY_DSN=ingest.dsn)
     for name in ("RECONNECT_WAITS_S", "RECONNECT_JITTER_S"):
         del world.environ[name]  # the real ones: 3, 6, 12 s and at most 0.25 s more
     try:
@@ -56,10 +62,25 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         time.sleep(max(0.0, found.began_at + WATCHED_S - time.time()))
         for name, phone in phones.items():
             note(found, name, phone)
+        eventually(
+            lambda: note(found, "refused", phones["refused"]) or len(series_of(found)) > 5,
+            what="the second attempt of the second series",
+        )
+        found.alerts = alerts_of(ingest)
         yield found
     finally:
         world.close()
+        ingest.close()
         print(world.logs())
+
+
+def alerts_of(ingest: Ingest) -> list[tuple[str, str, str, str]]:
+    """Of every event that Sentry got: level, event, session and state."""
+    return sorted(
+        (event["level"], tags["event"], tags.get("session", ""), tags.get("state", ""))
+        for event in ingest.events
+        for tags in [event["tags"]]
+    )
 
 
 def befall(
@@ -88,11 +109,13 @@ def note(story: Story, name: str, phone: str) -> None:
     lost_at = next(at for at in lost if at >= story.began_at - 0.1)
     story.dials[name] = [a["at"] - lost_at for a in attempts if a["at"] > lost_at]
     events = map(json.loads, (_folder(story, name) / "history.jsonl").read_text().splitlines())
-    story.states[name] = [
-        (event["state"], event["reason"])
+    changes = [
+        event
         for event in events
         if event["event"] == "session.state_changed" and event["at"] >= story.began_at
     ]
+    story.states[name] = [(event["state"], event["reason"]) for event in changes]
+    story.tries[name] = [e["at"] - lost_at for e in changes if e["state"] == "connecting"]
     story.sentences[name] = story.world.state(name)["sentence"]
 
 
@@ -104,23 +127,23 @@ def test_the_waits_are_3_6_and_12_seconds_with_no_dial_but_whatsmeows_own_first(
     story: Story,
 ) -> None:
     first, *attempts = series_of(story)
-    assert first[0] < 1.0  # whatsmeow's own, at once after the loss
-    gaps = [attempts[0][0]] + [b[0] - a[-1] for a, b in itertools.pairwise(attempts)]
-    for gap_s, wait_s in zip(gaps[:3], (3, 6, 12), strict=True):
-        assert wait_s - 0.1 <= gap_s <= wait_s + 0.25 + 0.75, story.dials["refused"]
+    assert 0 < len(first) <= 2 and first[0] < 2.0  # whatsmeow's own, at once after the loss
+    ends = [0.0, *(attempt[-1] for attempt in attempts)]
+    tries = story.tries["refused"]
+    for end, attempt, try_at, wait_s in zip(ends, attempts, tries, (3, 6, 12), strict=False):
+        assert wait_s - 0.1 <= attempt[0] - end, story.dials["refused"]
+        # To load neonize takes its time on a busy machine, which is no part of the wait.
+        assert try_at - end <= wait_s + 0.25 + 0.75, (tries, story.dials["refused"])
 
 
 def series_of(story: Story) -> list[list[float]]:
-    """The dials of the refused session, one list an attempt: after a login that is cut off
-    whatsmeow dials once more by itself, before its process can end."""
-    attempts: list[list[float]] = []
-    for at in story.dials["refused"]:
-        if attempts and at - attempts[-1][0] < 1.0:
-            attempts[-1].append(at)
-        else:
-            attempts.append([at])
-    assert all(len(attempt) <= 2 for attempt in attempts), attempts
-    return attempts
+    """The dials of the refused session: whatsmeow's own first, then one list an attempt: after a
+    login that is cut off whatsmeow dials once more by itself, before its process can end."""
+    begun = [0.0, *story.tries["refused"], float("inf")]
+    dials = story.dials["refused"]
+    series = [[at for at in dials if a <= at < b] for a, b in itertools.pairwise(begun)]
+    assert all(len(attempt) <= 2 for attempt in series), series
+    return [attempt for attempt in series if attempt]
 
 
 def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series(
@@ -128,11 +151,12 @@ def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series
 ) -> None:
     words = story.states["refused"]
     assert [word for word, _ in words[:7]] == ["reconnecting", "connecting"] * 3 + ["failed"]
-    _, _, second, third, fourth, fifth = series_of(story)
+    _, _, second, third, fourth, fifth = series_of(story)[:6]
+    fourth_try, fifth_try = story.tries["refused"][3:5]
     assert third[0] - second[-1] > 11
-    assert 4 - 0.1 <= fourth[0] - third[-1] <= 4.4 + 1.0
+    assert fourth[0] - third[-1] >= 4 - 0.1 and fourth_try - third[-1] <= 4.4 + 1.0
     # The cool-down stood in the place of the first wait: 6 s come next.
-    assert 6 - 0.1 <= fifth[0] - fourth[-1] <= 7.0
+    assert fifth[0] - fourth[-1] >= 6 - 0.1 and fifth_try - fourth[-1] <= 7.0
 
 
 @pytest.mark.parametrize(
@@ -141,6 +165,7 @@ def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series
         ("replaced", "replaced", "wa-stream-replaced", "Stop the other one"),
         ("removed", "logged_out", "wa-logged-out", "whatsapp-worker link removed"),
         ("gone", "logged_out", "wa-main-device-gone", "whatsapp-worker link gone"),
+        ("barred", "logged_out", "wa-logged-out", "whatsapp-worker link barred"),
         ("outdated", "outdated", "wa-client-outdated", "Upgrade neonize"),
     ],
 )
@@ -160,13 +185,23 @@ def test_a_temporary_ban_is_told_and_ends_by_itself(story: Story) -> None:
     assert states[-1] == ("connected", None)
     first, *later = story.dials["banned"]
     assert len(later) == 1
-    assert 7 <= later[0] - first <= 11, "the ban lasted 8 s"
+    assert later[0] - first >= 7 and story.tries["banned"][-1] - first <= 11, "it lasted 8 s"
 
 
 @pytest.mark.parametrize("name", ["crashed", "busy", "dropped"])
 def test_what_heals_by_itself_is_connected_again(story: Story, name: str) -> None:
     assert story.states[name][-1] == ("connected", None)
     assert story.world.state(name)["attempt"] == 0
+
+
+def test_whoever_ended_for_good_is_one_alert_and_what_heals_is_none(story: Story) -> None:
+    assert story.alerts == [
+        ("error", "session.ended", "barred", "logged_out"),
+        ("error", "session.ended", "gone", "logged_out"),
+        ("error", "session.ended", "outdated", "outdated"),
+        ("error", "session.ended", "removed", "logged_out"),
+        ("error", "session.ended", "replaced", "replaced"),
+    ]
 
 
 def test_a_crash_is_told_as_a_crash_and_costs_no_other_session(story: Story) -> None:
@@ -184,21 +219,26 @@ def test_whom_the_server_takes_back_gets_its_queue_done(story: Story) -> None:
     assert story.world.await_outcomes([job])[0]["status"] == "sent"
 
 
-def test_with_no_cool_down_failed_is_final_until_a_person_acts(tmp_path: Path) -> None:
-    world = World(tmp_path, FAILED_COOLDOWN_S="0", RECONNECT_WAITS_S="0.1,0.1,0.1")
-    try:
-        phone = world.start().link("sales")
-        world.control.refuse(phone)
+def test_with_no_cool_down_failed_is_final_and_alerts_even_after_a_ban(tmp_path: Path) -> None:
+    environ = {"FAILED_COOLDOWN_S": "0", "RECONNECT_WAITS_S": "0.1,0.1,0.1"}
+    with (
+        closing(Ingest().start()) as ingest,
+        World.running(tmp_path, SENTRY_DSN=ingest.dsn, **environ) as world,
+    ):
+        phone = world.link("sales")
+        world.control.connect_failure(402, phone, expire=3)
         world.control.drop(phone)
+        world.await_state("sales", "banned")
+        world.control.refuse(phone)
         world.await_state("sales", "failed")
         dials = len(world.control.connections(phone))
+        ingest.await_events(1)
         time.sleep(4)
         assert len(world.control.connections(phone)) == dials
         assert world.state("sales")["next_attempt_at"] is None
+        assert alerts_of(ingest) == [("error", "session.ended", "sales", "failed")]
         world.control.remove_fault()
         assert json.loads(world.run("start", "sales", "--json").stdout)["state"] == "connected"
-    finally:
-        world.close()
 
 
 SESSIONS = 8
@@ -208,10 +248,8 @@ OUTAGE_S = 30.0
 def test_an_outage_of_the_host_is_one_canarys_business_and_ends_within_seconds(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, FAILED_COOLDOWN_S="300", RECONNECT_WAITS_S="0.2,0.4,0.8")
     names = [f"s{n}" for n in range(SESSIONS)]
-    try:
-        world.start()
+    with World.running(tmp_path, FAILED_COOLDOWN_S="300") as world:
         for name in names:
             world.link(name)
         world.control.refuse()
@@ -229,9 +267,6 @@ def test_an_outage_of_the_host_is_one_canarys_business_and_ends_within_seconds(
             world.await_state(name, "connected", within_s=25)
         print(f"outage {ended_at - began_at:.0f} s, back in {time.monotonic() - ended_at:.1f} s")
         assert _most_at_once(world, _last_seq(world, before=ended_at)) <= 8
-    finally:
-        world.close()
-        print(world.logs())
 
 
 def _last_seq(world: World, *, before: float = float("inf")) -> int:
@@ -246,9 +281,8 @@ def _most_at_once(world: World, since: int) -> int:
 
 
 def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path: Path) -> None:
-    world = World(tmp_path, HEALTH_CHECK_INTERVAL_S="0.5")
-    try:
-        phone = world.start().link("sales")
+    with World.running(tmp_path, HEALTH_CHECK_INTERVAL_S="0.5") as world:
+        phone = world.link("sales")
         pid = world.await_state("sales", "connected")["pid"]
         rss_mib = eventually(lambda: _told_truly(world, pid), what="its size is told")
         assert world.supervisor is not None
@@ -263,10 +297,8 @@ def test_a_process_that_grows_is_recycled_and_the_queue_does_not_notice(tmp_path
         assert [row["text"] for row in world.arrived(sender=phone)] == [f"{n}" for n in range(20)]
         reasons = (world.data / "sessions/sales/history.jsonl").read_text()
         assert "memory-limit" in reasons
-        assert _last_gap_s(world, phone) < 2
-    finally:
-        world.close()
-        print(world.logs())
+        # It goes on growing and being recycled: the first that nothing else on the machine slows.
+        eventually(lambda: _last_gap_s(world, phone) < 2, what="a recycling costs under 2 s")
 
 
 def _told_truly(world: World, pid: int) -> float | None:
@@ -282,9 +314,8 @@ def _last_gap_s(world: World, phone: str) -> float:
 
 
 def test_ten_quick_losses_are_flapping_and_end_in_a_cool_down(tmp_path: Path) -> None:
-    world = World(tmp_path, FAILED_COOLDOWN_S="4", RECONNECT_WAITS_S="0.1,0.1,0.1")
-    try:
-        phone = world.start().link("sales")
+    with World.running(tmp_path, FAILED_COOLDOWN_S="4", RECONNECT_WAITS_S="0.1,0.1,0.1") as world:
+        phone = world.link("sales")
         for _ in range(9):
             _lose(world, phone)
             world.await_state("sales", "connected")
@@ -296,9 +327,6 @@ def test_ten_quick_losses_are_flapping_and_end_in_a_cool_down(tmp_path: Path) ->
         world.await_state("sales", "connected")
         assert time.time() - failed_at > 3
         assert len(world.control.connections(phone)) == dials + 1
-    finally:
-        world.close()
-        print(world.logs())
 
 
 def _lose(world: World, phone: str) -> None:
@@ -309,9 +337,8 @@ def _lose(world: World, phone: str) -> None:
 
 
 def test_two_clients_with_the_same_credentials_never_fight(tmp_path: Path) -> None:
-    world = World(tmp_path, FAILED_COOLDOWN_S="1")
-    try:
-        phone = world.start().link("sales")
+    with World.running(tmp_path, FAILED_COOLDOWN_S="1") as world:
+        phone = world.link("sales")
         since = _last_seq(world)
         _run_copy(world, "sales", "twin")
         time.sleep(WATCHED_REPLACED_S)
@@ -321,19 +348,11 @@ def test_two_clients_with_the_same_credentials_never_fight(tmp_path: Path) -> No
         assert (replaced, connected) == (["sales"], ["twin"])
         assert "Stop the other one" in states["sales"]["sentence"]
         assert states["sales"]["pid"] is None
-        told = [
-            json.loads(fields[b"payload"])["state"]
-            for _, fields in world.redis.xrange("wa:events")
-            if fields[b"event"] == b"session.state_changed"
-        ]
-        assert told.count("replaced") == 1
+        assert world.states_told().count("replaced") == 1
         dials = world.control.connections(since=since)
         assert [dial["phone"] for dial in dials] == [phone], "the twin's one login, and no answer"
         [device] = world.control.devices(phone)
         assert device["online"]
-    finally:
-        world.close()
-        print(world.logs())
 
 
 WATCHED_REPLACED_S = 10.0
@@ -356,9 +375,8 @@ def _run_copy(world: World, session: str, twin: str) -> None:
 def test_a_long_wait_ends_at_once_by_an_operators_command_and_by_a_shutdown(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, RECONNECT_WAITS_S="300,300,300")
-    try:
-        phone = world.start().link("sales")
+    with World.running(tmp_path, RECONNECT_WAITS_S="300,300,300") as world:
+        phone = world.link("sales")
         for _ in range(2):
             _lose(world, phone)
             state = world.await_state("sales", "reconnecting")
@@ -374,6 +392,3 @@ def test_a_long_wait_ends_at_once_by_an_operators_command_and_by_a_shutdown(
         world.supervisor.terminate()
         assert world.supervisor.wait(10) == 0
         assert time.monotonic() - begun_at < 5
-    finally:
-        world.close()
-        print(world.logs())

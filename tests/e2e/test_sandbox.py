@@ -2,15 +2,20 @@
 
 import contextlib
 import http.client
+import ipaddress
 import random
+import shutil
 import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from raw_client import RawClient
@@ -136,6 +141,47 @@ def test_refused_dials_are_counted(sandbox: Sandbox, client: RawClient) -> None:
     assert ends == ["refused", "refused", None]
 
 
+def test_dials_are_refused_for_so_many_seconds(sandbox: Sandbox, client: RawClient) -> None:
+    until = time.monotonic() + 1
+    sandbox.control.refuse(seconds=1)
+    with sandbox.comes_back(PHONE):
+        sandbox.control.drop(PHONE)
+    *refused, last = sandbox.control.connections()
+    assert refused and {attempt["ended"] for attempt in refused} == {"refused"}
+    assert last["ended"] is None and last["monotonic"] >= until
+
+
+def test_one_phone_is_refused_as_soon_as_it_is_known(sandbox: Sandbox, client: RawClient) -> None:
+    sandbox.control.refuse("5511900009999")
+    sandbox.control.refuse(PHONE, count=1)
+    with sandbox.comes_back(PHONE):
+        sandbox.control.drop(PHONE)
+    refused, last = sandbox.control.connections()
+    assert (refused["phone"], refused["reached"], refused["ended"]) == (
+        PHONE,
+        "handshaken",
+        "refused",
+    )
+    assert last["ended"] is None
+
+
+def test_a_client_that_trusts_another_root_links_with_nobody(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """Its proxy, its CA: all is right but the key that the client's memory holds, as it would be
+    where it met the real WhatsApp."""
+    folder = tmp_path / "sandbox"
+    shutil.copytree(sandbox.state_dir, folder)
+    (folder / "root.pub").write_bytes(bytes(range(32)))
+    sandbox.control.reset()
+    client = sandbox.client("mistrustful", SSL_CERT_FILE=str(folder / "ca.pem"))
+    [attempt] = eventually(
+        lambda: [a for a in sandbox.control.connections() if a["ended"]], what="it hangs up"
+    )
+    assert (attempt["reached"], attempt["ended"]) == ("encrypted", "closed by client")
+    client.close()
+
+
 def test_silence_holds_a_send_until_it_ends(sandbox: Sandbox, client: RawClient) -> None:
     client.send(ANA, text("before"))
     sandbox.control.stall(PHONE)
@@ -250,7 +296,7 @@ def test_a_message_lost_on_the_way_counts_once(sandbox: Sandbox, client: RawClie
 
 
 def test_a_slow_acknowledgement_is_slow(sandbox: Sandbox, client: RawClient) -> None:
-    sandbox.control.send_fault("slow", PHONE, delay_s=0.6)
+    sandbox.control.send_fault("slow", PHONE, delay_s=3)
     sending = threading.Thread(target=client.send, args=(ANA, text("slow")))
     sending.start()
     rows = eventually(lambda: sandbox.control.messages(to=ANA), what="the message arrives")
@@ -327,6 +373,15 @@ def test_misspelled_and_wrong_fields_are_named(sandbox: Sandbox) -> None:
             sandbox.control._call("POST", path, **fields)
         assert refused.value.status == 400
         assert str(refused.value).split(":")[0] == next(iter(fields))
+
+
+def test_it_listens_on_loopback_only_and_nowhere_but_where_it_says(sandbox: Sandbox) -> None:
+    open_ = psutil.Process(sandbox.endpoints["pid"]).net_connections("inet")
+    told = [urlsplit(sandbox.endpoints[name]) for name in ("proxy_url", "control_url")]
+    listening = {(s.laddr.ip, s.laddr.port) for s in open_ if s.status == psutil.CONN_LISTEN}
+    assert listening == {(url.hostname, url.port) for url in told}
+    addresses = {part.ip for s in open_ for part in (s.laddr, s.raddr) if part}
+    assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
 
 
 def test_private_files_are_private(sandbox: Sandbox) -> None:

@@ -45,6 +45,14 @@ def test_a_text_arrives_with_its_secret(sandbox: Sandbox, client: RawClient) -> 
     assert secret == "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 
+def test_what_neonize_marks_as_a_bots_is_told(sandbox: Sandbox) -> None:
+    client = sandbox.client("robot", NEONIZE_BOT_TAG="on")
+    sandbox.control.scan(client.expect("qr")["code"], phone="5511900005555")
+    client.expect("connected")
+    assert sandbox.arrived(client.send(ANA, text("beep")))["bot"]
+    client.close()
+
+
 def test_many_texts_in_a_row_arrive_in_order(sandbox: Sandbox, client: RawClient) -> None:
     ids = [client.send("5521977770001", text(f"number {i}")) for i in range(30)]
     sandbox.arrived(ids[-1])

@@ -8,7 +8,6 @@ mixture; the seed is printed with the table of what became of it (`pytest -s`).
 
 import contextlib
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from mixture import Mixture, Order
 from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from support import eventually
+from support import events, eventually
 from world import World
 
 from storage.ledger import Ledger, Row
@@ -160,7 +159,7 @@ class Thousand:
 
     @contextlib.contextmanager
     def redis_restarted(self) -> Iterator[None]:
-        self._kill_redis()
+        self.world.kill_redis()
         self.world.redis_server.start()
         yield
 
@@ -168,16 +167,10 @@ class Thousand:
     def redis_lost(self) -> Iterator[None]:
         """Away until every session has felt it."""
         began = self._log_size()
-        self._kill_redis()
+        self.world.kill_redis()
         eventually(lambda: self._logged("consumer.redis_lost", began) == set(SESSIONS), within_s=30)
         self.world.redis_server.start()
         yield
-
-    def _kill_redis(self) -> None:
-        """SIGKILL, once what we enqueued has left its memory."""
-        persistence = self.world.redis.info
-        eventually(lambda: persistence("persistence")["aof_buffer_length"] == 0)
-        self.world.redis_server.kill()
 
     @contextlib.contextmanager
     def database_lost(self, outage: Disturbance, *, redis: bool = False) -> Iterator[None]:
@@ -189,7 +182,7 @@ class Thousand:
         began = self._log_size()
         with outage():
             if redis:
-                self._kill_redis()
+                self.world.kill_redis()
                 self.world.redis_server.start()
             yield
             eventually(lambda: self._felt(began) == set(SESSIONS), within_s=60)
@@ -234,14 +227,7 @@ class Thousand:
                 if job is not None
             },
             rows={row.message_id: row for session in SESSIONS for row in self._rows(session)},
-            events=[
-                {
-                    "id": fields[b"id"].decode(),
-                    "event": fields[b"event"].decode(),
-                    "payload": json.loads(fields[b"payload"]),
-                }
-                for _, fields in self.world.redis.xrange("wa:events")
-            ],
+            events=events(self.world.redis),
             arrivals=[Arrival.of(row) for row in self.control.messages()],
             due=self.due,
             answers=self.answers,
@@ -280,12 +266,8 @@ def thousand(folder: Path, **environ: str) -> Iterator[Thousand]:
     for name, data in media_files.FILES.items():
         (media_dir / name.removeprefix("/")).write_bytes(data)
     environ |= {"SEND_TIMEOUT_S": f"{SEND_TIMEOUT_S}", "MSG_RESET_S": "1", "DB_RESET_S": "1"}
-    world = World(folder, MEDIA_DIR=str(media_dir), **environ)
-    try:
-        yield Thousand(world.start())
-    finally:
-        world.close()
-        print(world.logs())
+    with World.running(folder, MEDIA_DIR=str(media_dir), **environ) as world:
+        yield Thousand(world)
 
 
 def conclude(run: Thousand) -> None:

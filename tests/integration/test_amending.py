@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from sending import KEY, SESSION, FakeDevice, Parts, Running, enqueue, fetch, outcome
-from support import RedisServer, eventually
+from support import RedisServer, events, eventually
 
 from storage import ledger as ledger_module
 from storage.ledger import Ledger, Row
@@ -69,11 +69,11 @@ class Host:
     def told(self) -> list[str]:
         """The events, in order; each names the message and repeats its metadata."""
         names = []
-        for _, fields in self.redis.xrange("wa:events"):
-            payload = json.loads(fields[b"payload"])
+        for entry in events(self.redis):
+            payload = entry["payload"]
             assert (payload["message_id"], payload["metadata"]) == ("m1", METADATA)
             assert payload["job_id"] == "job-m1"
-            names.append(fields[b"event"].decode())
+            names.append(entry["event"])
         return names
 
     def receive(self, kind: Event = Event.DELIVERED) -> None:
@@ -103,7 +103,6 @@ def unread(host: Host) -> bool:
 
 @contextmanager
 def reading(host: Host) -> Iterator[ReceiptWriter]:
-
     writer = ReceiptWriter(redis_client.connect(host.url), host.settings, stop=threading.Event())
     writer._join()
     yield writer

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from storage.ledger import Claim, Ledger, Settlement
 from storage.locks import FileLock
 from storage.sessions import Sessions, StateRecord, Wanted
 from whatsapp_worker import telemetry
-from whatsapp_worker.cli import host, main
+from whatsapp_worker.cli import host, main, operate
+
+RUNNING = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
 
 
 @pytest.fixture
@@ -70,6 +74,12 @@ def answering(state: str, **facts: object) -> Callable[[str, Wanted], StateRecor
     return answer
 
 
+def documented(document: str) -> set[str]:
+    """The fields that the docs name."""
+    [fields] = re.findall(rf"^\| `{document}` \| (.*?) \|", RUNNING, re.MULTILINE)
+    return set(re.findall(r"\w+", fields))
+
+
 def row(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return dict(json.loads(capsys.readouterr().out))
 
@@ -85,14 +95,55 @@ def test_without_a_supervisor_nothing_is_called_connected(sessions, capsys, stat
     assert "whatsapp-worker run" in told["sentence"]
 
 
-def test_status_tells_every_key_that_programs_rely_on(sessions, capsys):
+def test_status_tells_exactly_the_keys_that_are_documented(sessions, capsys):
     make(sessions, "sales", "unlinked")
+    make(sessions, "torn", "unlinked")
+    for path in sessions.folder("torn").glob("state.json*"):
+        path.write_text("{")
     sessions.create("new", network="whatsapp", now=time.time())
-    main(["status", "--json"])
-    keys = "session state reason sentence since degraded phone jid pid attempt queue"
-    for told in row(capsys)["sessions"]:
-        assert {*keys.split(), "proof_of_life_age_s", "rss_mib"} <= told.keys()
-        assert told["queue"].keys() == {"state", "reason", "until", "depth"}
+    with supervised(sessions, lambda name, wanted: sessions.state(name)):
+        assert main(["status", "--json"]) == 0
+    told = row(capsys)
+    rows = told["sessions"]
+    assert [found["session"] for found in rows] == ["new", "sales", "torn"]
+    assert told.keys() == documented("status")
+    assert told["supervisor"].keys() == documented("supervisor")
+    assert told["redis"].keys() == documented("redis")
+    assert told["database"].keys() == documented("database")
+    for found in rows:
+        assert found.keys() == documented("sessions")
+        assert found["queue"].keys() == documented("queue")
+    main(["status", "sales", "--json"])
+    [in_full] = row(capsys)["sessions"]
+    assert in_full.keys() == documented("sessions") | {"history"}
+
+
+def test_messages_tell_exactly_the_keys_that_are_documented(sessions, capsys):
+    make(sessions, "sales", "connected")
+    path = sessions.folder("sales") / "ledger.db"
+    with contextlib.closing(Ledger.open(path, "sales")) as ledger:
+        for message_id, status in (("m1", "sent"), ("m2", "failed")):
+            claim = Claim(message_id, "hash", "job", "recipient", time.time())
+            ledger.claim(claim, secret=lambda attempt: bytes(32))
+            ledger.settle(Settlement(message_id, status, at=time.time()))
+    assert main(["messages", "list", "sales", "--json"]) == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [found["message_id"] for found in listed] == ["m2", "m1"]
+    assert main(["messages", "show", "sales", "m1", "--json"]) == 0
+    assert row(capsys) == listed[1]
+    for found in listed:
+        assert found.keys() == documented("messages")
+
+
+def test_status_is_headed_by_supervisor_network_redis_and_database(sessions, capsys):
+    make(sessions, "sales", "stopped")
+    for words in (["status"], ["status", "sales"]):
+        assert main(words) == 0
+        heading, _, rest = capsys.readouterr().out.partition("\n\n")
+        names = [line.split()[0] for line in heading.splitlines()]
+        assert names == ["supervisor", "network", "redis", "database", "data"]
+        assert "whatsapp-worker run" in heading and "SQLite" in heading
+        assert "sales" in rest
 
 
 def test_a_broken_record_costs_its_own_row_only(sessions, capsys):
@@ -130,6 +181,17 @@ def test_an_operation_waits_for_its_state_and_tells_it(sessions, capsys, command
     with supervised(sessions, answering(state, pid=2)):
         assert main([command, "sales", "--json"]) == code
     assert row(capsys) == {"session": "sales", "state": state}
+
+
+def test_an_operation_that_is_not_done_in_time_says_so(sessions, capsys, monkeypatch):
+    monkeypatch.setenv("CONNECT_TIMEOUT_S", "1")
+    monkeypatch.setattr(operate, "_SLACK_S", 0.0)
+    make(sessions, "sales", "stopped")
+    with supervised(sessions, answering("connecting")):
+        assert main(["start", "sales", "--json"]) == 7
+    told = capsys.readouterr()
+    assert told.out == "" and "not done within 1 s (now: connecting)" in told.err
+    assert sessions.wanted("sales").run == "run"
 
 
 def test_delete_ends_when_the_record_is_gone(sessions, capsys):

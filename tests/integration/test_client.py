@@ -1,6 +1,7 @@
 """The client for CRMs against a real Redis; the worker's side is written out by hand."""
 
 import pytest
+from published import SCHEMA
 from redis import Redis
 from rq import Queue
 from rq.job import Job
@@ -293,6 +294,7 @@ DRAFTS = {
 @pytest.mark.parametrize("name", DRAFTS)
 def test_the_worker_accepts_every_type(redis, out, name):
     job = out.send("sales", DRAFTS[name])
+    SCHEMA.validate(job.kwargs)
     assert worker_reads(redis, job).content["type"] == DRAFTS[name].message["type"]
 
 

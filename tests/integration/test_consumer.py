@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -18,14 +19,13 @@ from sending import (
     Running,
     enqueue,
     enqueue_many,
-    events,
     fetch,
     limbo,
     outcome,
     queue_of,
     settled,
 )
-from support import eventually
+from support import events, eventually
 
 from whatsapp_worker import outbox
 from whatsapp_worker.consumer import Ending
@@ -351,11 +351,13 @@ def test_a_lost_connection_puts_the_message_back_and_ends_the_process(
 def test_stopping_waits_for_the_send_in_hand_and_leaves_the_rest_queued(
     redis: Redis, url: str, tmp_path: Path
 ) -> None:
-    device = FakeDevice(tmp_path, takes_s=0.5)
+    device, is_asked = FakeDevice(tmp_path), threading.Event()
+    device.at = lambda step: is_asked.wait(5) if step == "stored" else None
     enqueue_many(redis, 3)
     with Running(Parts(url, tmp_path, device=device)) as running:
         eventually(lambda: device.handed_over_file.exists())
         running.parts.consumer.stop()
+        is_asked.set()
         assert running.join() is Ending.STOPPED
     assert outcome(redis, "m0")["status"] == "sent"
     assert redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"job-m1", b"job-m2"]

@@ -425,11 +425,10 @@ def test_a_wrong_clock_is_found():
 
 
 def test_too_few_open_files_are_found():
-    assert host.judge_open_files(1024, 4096, max_sessions=20).verdict == "ok"
-    assert host.judge_open_files(-1, -1, max_sessions=10_000).verdict == "ok"
-    low = host.judge_open_files(1024, 1_000_000, max_sessions=1000)
-    assert low.verdict == "problem" and "ulimit" in low.remedy
-    assert "hard limit" in host.judge_open_files(1024, 2048, max_sessions=1000).remedy
+    assert host.judge_open_files(1024, max_sessions=20).verdict == "ok"
+    assert host.judge_open_files(-1, max_sessions=10_000).verdict == "ok"
+    low = host.judge_open_files(2048, max_sessions=1000)
+    assert low.verdict == "problem" and "hard limit" in low.remedy
 
 
 def test_a_missing_ffmpeg_is_a_warning(settings, monkeypatch):

@@ -122,6 +122,7 @@ DAMAGE = {
     "a boolean as version": b'{"value":2,"version":true}',
     "nested too deeply": b"[" * 100_000,
     "a constant that is no JSON": b'{"value":NaN,"version":2}',
+    "a number that JSON cannot say": b'{"value":1e999,"version":2}',
     "a number too long to read": b'{"version":' + b"9" * 10_000 + b"}",
     "an old version nobody upgrades": b'{"value":2,"version":1}',
 }
@@ -377,7 +378,10 @@ def test_a_thousand_kills_at_random_moments_lose_nothing_that_was_acknowledged(
     deadline = time.monotonic() + 60
     kills = 0
     for kills in range(1, 1001):
-        acknowledged = _killed_while_counting(document, chance.uniform(0.0005, 0.004))
+        acknowledged = faults.steps_until_killed(
+            lambda: (put(document, number) for number in range(1, 10_000)),
+            after_s=chance.uniform(0.0005, 0.004),
+        )
         found = document.read()
         assert found is not None
         assert found["value"] in (acknowledged, acknowledged + 1), f"seed {seed}, kill {kills}"
@@ -387,26 +391,6 @@ def test_a_thousand_kills_at_random_moments_lose_nothing_that_was_acknowledged(
     document.clean()
     assert names(tmp_path) == {"thing.json", "thing.json.bak", "thing.json.lock"}
     print(f"{kills} kills, seed {seed}")
-
-
-def _killed_while_counting(document: Document, after_s: float) -> int:
-    """Let a child count up in the document until it is killed; the last number it wrote."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            for number in range(1, 10_000):
-                put(document, number)
-                os.write(writing, number.to_bytes(4, "big"))
-        finally:
-            os._exit(1)
-    os.close(writing)
-    time.sleep(after_s)  # the moment of the kill is what is random here
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    return int.from_bytes(said[-4:], "big") if said else 0
 
 
 # Power loss

@@ -5,18 +5,23 @@ import ipaddress
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+import wave
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from media_files import BIG, JPEG, PDF, Web, web
+from PIL import Image
 
 from whatsapp_worker import download
 from whatsapp_worker.errors import MediaFailed
@@ -247,7 +252,7 @@ def test_a_file_is_never_whole_in_memory(folder: Path, server: Web, source: str)
             _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < BIG / 10, "the test's own server hands out a thirtieth at a time"
+    assert peak < BIG / 10, "the test's own server hands out 2 MiB at a time"
 
 
 def test_each_kind_has_its_own_limit_below_the_setting(folder: Path) -> None:
@@ -263,8 +268,6 @@ def test_each_kind_has_its_own_limit_below_the_setting(folder: Path) -> None:
 
 
 def test_pictures_that_are_none_or_too_large_to_decode_are_refused(folder: Path) -> None:
-    from PIL import Image
-
     (folder / "offers" / "torn.jpg").write_bytes(JPEG[:300])
     Image.new("1", (6000, 6000)).save(folder / "offers" / "huge.png")
     Image.new("RGB", (6000, 6000)).save(folder / "offers" / "huge.jpg", progressive=True)
@@ -275,6 +278,91 @@ def test_pictures_that_are_none_or_too_large_to_decode_are_refused(folder: Path)
     ):
         with pytest.raises(MediaFailed, match=reason), media(folder).file(image(path)):
             pass
+
+
+# ffmpeg
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose programs come first."""
+    made = tmp_path / "tools"
+    made.mkdir()
+    monkeypatch.setenv("PATH", f"{made}:{os.environ['PATH']}")
+    return made
+
+
+@pytest.fixture
+def ffmpeg(tools: Path) -> Path:
+    (tools / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    return tools / "ffmpeg"
+
+
+def voice(folder: Path) -> dict[str, object]:
+    with wave.open(str(folder / "offers" / "a.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(2 * 8000 * 3))
+    return {"type": "audio", "audio": {"file": "a.wav", "voice": True}}
+
+
+def test_ffmpeg_makes_a_voice_note_of_other_sound(folder: Path, ffmpeg: Path) -> None:
+    with media(folder).file(voice(folder)) as file:
+        assert (file.mimetype, file.details) == ("audio/ogg; codecs=opus", {"seconds": 3})
+        assert file.path.read_bytes().startswith(b"OggS")
+
+
+def test_sound_that_is_too_long_for_a_voice_note_is_not_cut_short(
+    folder: Path, tools: Path
+) -> None:
+    """ffmpeg stops a little behind the size that it is told."""
+    tool = tools / "ffmpeg"
+    tool.write_text('#!/bin/sh\nfor out; do :; done\nhead -c 16780000 /dev/zero > "${out#file:}"\n')
+    tool.chmod(0o700)
+    with (
+        pytest.raises(MediaFailed, match="longer than the 16777216 bytes"),
+        media(folder).file(voice(folder)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("size", "small"),
+    [("640x360", (100, 56)), ("360x640", (56, 100)), ("16x2000", (1, 100)), ("5000x5000", None)],
+)
+def test_ffmpeg_finds_the_first_picture_of_a_film_unless_it_is_huge(
+    folder: Path, ffmpeg: Path, size: str, small: tuple[int, int] | None
+) -> None:
+    made = folder / "offers" / "a.mp4"
+    source = f"-v error -f lavfi -i color=red:s={size}:d=0.1 -c:v libx264 -preset ultrafast"
+    subprocess.run([ffmpeg, *source.split(), made], check=True, timeout=60)
+    with media(folder).file({"type": "video", "video": {"file": "a.mp4"}}) as file:
+        assert file.path.read_bytes() == made.read_bytes()
+        thumbnail = file.details.get("JPEGThumbnail")
+    assert (thumbnail and Image.open(io.BytesIO(thumbnail)).size) == small
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        f"exec {sys.executable} -c 'import mmap; mmap.mmap(-1, 2 << 30)'",  # memory
+        'exec head -c 100000000 /dev/zero > "$out"',  # disk
+        "exec sleep 60",  # time
+    ],
+)
+def test_what_ffmpeg_may_take_is_bounded(folder: Path, tools: Path, wants: str) -> None:
+    sound = voice(folder)
+    (tools / "ffmpeg").write_text(
+        f"#!/bin/sh\nfor last; do :; done; out=${{last#file:}}; echo OggS > $out\n{wants}\n"
+    )
+    (tools / "ffmpeg").chmod(0o700)
+    began = time.monotonic()
+    with (
+        pytest.raises(MediaFailed, match="ffmpeg could not make"),
+        media(folder, media_timeout_s=2.0).file(sound),
+    ):
+        pass
+    assert time.monotonic() - began < 30
+    assert list((folder / "session" / "media").iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed(folder: Path) -> None:

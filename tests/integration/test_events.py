@@ -1,30 +1,36 @@
 """Receipts: from the client's thread onto the stream, and from there into the ledger."""
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import postgres
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 from sending import (
     SESSION,
     FakeDevice,
     Parts,
     Running,
     enqueue,
-    events,
     fetch,
     kill,
     outcome,
     terminate,
 )
-from support import RedisServer, eventually
+from support import RedisServer, events, eventually
 
+from storage import sqlite_files
 from storage.ledger import Claim, Ledger, Settlement
+from storage.ledger import Receipt as Kept
 from storage.sessions import Sessions
+from whatsapp_worker import events as events_module
 from whatsapp_worker import redis_client
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.event_names import Event
@@ -64,9 +70,11 @@ def serving(url: str, data: Path) -> Iterator[None]:
     writer = ReceiptWriter(redis_client.connect(url), settings, stop=stop)
     thread = threading.Thread(target=writer.run, daemon=True)
     thread.start()
-    yield
-    stop.set()
-    thread.join(10)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
     assert not thread.is_alive()
 
 
@@ -161,6 +169,32 @@ def test_a_receipt_for_nobodys_message_is_told_without_one(
     assert entry["payload"]["message_id"] is None
 
 
+def test_a_frozen_database_does_not_hold_up_receipts(
+    redis: Redis,
+    shared_redis_server: RedisServer,
+    postgres_server: postgres.Server | None,
+    postgres_url: str,
+) -> None:
+    if postgres_server is None:
+        pytest.skip("freezing a PostgreSQL needs its programs here: initdb and postgres")
+    with (
+        postgres.fresh_schema(postgres_server.url, "frozen") as location,
+        closing(Ledger.open(location, SESSION, timeout_s=2)) as ledger,
+        writing(shared_redis_server.url, ledger=ledger) as writer,
+    ):
+        claimed(ledger, "m1")
+        ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+        with postgres_server.frozen():
+            writer.offer(receipt(*(f"WA{n}" for n in range(50))))
+            eventually(lambda: len(events(redis)) == 50, within_s=20)
+
+        def is_named() -> bool:
+            writer.offer(receipt("WA1", kind=ReceiptKind.READ))
+            return events(redis)[-1]["payload"]["message_id"] == "m1"
+
+        eventually(is_named, what="the ledger is asked again")
+
+
 def test_an_inbound_text_reaches_the_stream_under_a_stable_id(
     redis: Redis, shared_redis_server: RedisServer
 ) -> None:
@@ -208,7 +242,14 @@ def test_rubbish_on_the_stream_and_unknown_sessions_do_not_stop_it(
 ) -> None:
     stream = EventStream(redis)
     redis.xadd("wa:events", {"nonsense": "1"})
-    redis.xadd("wa:events", {"event": "message.read", "session": "s1", "payload": "{"})
+    for payload in (
+        "{",
+        "[" * 100_000,
+        '{"wa_message_id": "WA1", "at": 1' + "0" * 400 + "}",
+        '{"wa_message_id": "\\ud800", "at": 2.0}',
+        '{"wa_message_id": "\\u0000", "at": 2.0}',
+    ):
+        redis.xadd("wa:events", {"event": "message.read", "session": SESSION, "payload": payload})
     stream.add(Event.DELIVERED, "../../etc", {"wa_message_id": "WA1", "at": 2.0})
     stream.add(Event.DELIVERED, "nobody", {"wa_message_id": "WA1", "at": 2.0})
     with session_folder(tmp_path) as folder, serving(shared_redis_server.url, tmp_path):
@@ -232,6 +273,108 @@ def test_a_receipt_before_its_message_is_kept_and_applied_later(
         ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
         eventually(lambda: has_status(ledger, "m1", "delivered"))
         ledger.close()
+
+
+@contextmanager
+def unusable(ledger: Path, how: str) -> Iterator[None]:
+    """For now: damaged and not repaired yet, or upgraded by newer software."""
+    content = ledger.read_bytes()
+    if how == "damaged":
+        _replace(ledger, b"x" * 4096 + content[4096:])
+    else:
+        with closing(sqlite3.connect(ledger)) as connection, connection:
+            connection.execute("UPDATE ledger_version SET version_num = '9999'")
+    yield
+    _replace(ledger, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    other = path.with_name("other.db")
+    other.write_bytes(content)
+    other.rename(path)
+
+
+@pytest.fixture
+def ledger_path(tmp_path: Path) -> Iterator[Path]:
+    """Of a session whose message `m1` was sent; closed."""
+    with session_folder(tmp_path) as folder:
+        with closing(Ledger.open(folder / "ledger.db", SESSION)) as ledger:
+            claimed(ledger, "m1")
+            ledger.receipts([Kept("WA1", "delivered", 2.0)], now=time.time())  # it overtook
+            ledger.settle(Settlement("m1", "sent", wa_message_id="WA1", at=1.0))
+        yield folder / "ledger.db"
+
+
+@pytest.mark.parametrize("how", ["damaged", "newer"])
+def test_receipts_wait_for_a_ledger_that_cannot_be_used_yet(
+    redis: Redis,
+    shared_redis_server: RedisServer,
+    tmp_path: Path,
+    ledger_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    with ExitStack() as stack:
+        with unusable(ledger_path, how):
+            stack.enter_context(serving(shared_redis_server.url, tmp_path))
+            for count in (1, 2):
+                EventStream(redis).add(Event.READ, SESSION, {"wa_message_id": "WA1", "at": 2.0})
+                eventually(lambda count=count: pending(redis) == count)
+        ledger = stack.enter_context(closing(Ledger.open(ledger_path, SESSION)))
+        eventually(lambda: has_status(ledger, "m1", "read"))
+        eventually(lambda: pending(redis) == 0)
+    assert caplog.messages.count("events.ledger_failed") == 1
+
+
+def test_what_waits_for_one_ledger_holds_up_nobody_else_however_much_it_is(
+    redis: Redis, shared_redis_server: RedisServer, tmp_path: Path, ledger_path: Path
+) -> None:
+    sessions = Sessions(tmp_path)
+    sessions.create("other", network="sandbox", now=time.time())
+    other_path = sessions.folder("other") / "ledger.db"
+    with ExitStack() as stack:
+        other = stack.enter_context(closing(Ledger.open(other_path, "other")))
+        claimed(other, "m2")
+        other.settle(Settlement("m2", "sent", wa_message_id="WA2", at=1.0))
+        stream = EventStream(redis)
+        redis.xgroup_create("wa:events", "ledger", id="0", mkstream=True)
+        read = {"wa_message_id": "WA1", "at": 2.0}
+        many = [stream.entry(Event.READ, SESSION, read, id=str(n)) for n in range(1200)]
+        with unusable(ledger_path, "newer"):
+            stream.add_many(many)
+            stream.add(Event.READ, "other", {"wa_message_id": "WA2", "at": 2.0})
+            # Read and not acknowledged, by the process before.
+            name = Settings(data_dir=tmp_path).host
+            redis.xreadgroup("ledger", name, {"wa:events": ">"}, count=len(many) + 1)
+            stack.enter_context(serving(shared_redis_server.url, tmp_path))
+            eventually(lambda: has_status(other, "m2", "read"))
+            assert pending(redis) == len(many)
+        eventually(lambda: pending(redis) == 0)
+
+
+@pytest.mark.parametrize("how", ["damaged", "newer"])
+def test_receipts_that_were_kept_wait_for_a_ledger_that_cannot_be_used_yet(
+    redis: Redis,
+    shared_redis_server: RedisServer,
+    tmp_path: Path,
+    ledger_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    with ExitStack() as stack:
+        with unusable(ledger_path, how):
+            stack.enter_context(serving(shared_redis_server.url, tmp_path))
+            eventually(lambda: "events.ledger_failed" in caplog.messages)
+        ledger = stack.enter_context(closing(Ledger.open(ledger_path, SESSION)))
+        eventually(lambda: has_status(ledger, "m1", "delivered"))
+
+
+def pending(redis: Redis) -> int:
+    """Read by the events process and not acknowledged."""
+    try:
+        return int(redis.xpending("wa:events", "ledger")["pending"])
+    except ResponseError:  # there is no group yet
+        return 0
 
 
 def test_a_receipt_settles_an_unknown_message_in_ledger_job_and_events(
@@ -289,6 +432,29 @@ def test_a_killed_events_process_loses_no_receipt(
         ledger.close()
 
 
+def test_a_stop_is_heeded_though_ledgers_are_locked(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    redis = redis_server.client()
+    settings = Settings(
+        data_dir=tmp_path, redis_url=redis_server.url, host="h", shutdown_timeout_s=6
+    )
+    with ExitStack() as stack:
+        sessions = Sessions(tmp_path)
+        for session in ("a", "b", "c"):
+            sessions.create(session, network="sandbox", now=time.time())
+            path = sessions.folder(session) / "ledger.db"
+            Ledger.open(path, session).close()
+            other = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+            other.execute("BEGIN EXCLUSIVE")
+            EventStream(redis).add(Event.READ, session, {"wa_message_id": "WA1", "at": 2.0})
+        pid = fork_events(settings)
+        eventually(lambda: pending(redis) == 3)
+        began = time.monotonic()
+        assert terminate(pid) == 0
+        assert time.monotonic() - began < settings.shutdown_timeout_s
+
+
 def fork_events(settings: Settings) -> int:
     pid = os.fork()
     if not pid:
@@ -319,3 +485,35 @@ def test_the_stream_never_grows_beyond_its_ceiling(redis: Redis) -> None:
         stream.add(Event.SENT, SESSION, {})
     assert redis.xlen("wa:events") == 1000
     assert stream.trim() == 1.0
+
+
+def test_a_ledger_is_looked_through_for_damage_when_its_file_is_new_to_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = Sessions(tmp_path)
+    sessions.prepare()
+    looked: list[str] = []
+    problems = sqlite_files.problems
+
+    def look(path: Path, **limit: Any) -> list[str]:
+        looked.append(path.parent.name)
+        return problems(path, **limit)
+
+    monkeypatch.setattr(sqlite_files, "problems", look)
+    monkeypatch.setattr(events_module, "_OPEN_LEDGERS", 1)
+    for name in ("one", "two"):
+        sessions.create(name, network="sandbox", now=1.0)
+        Ledger.open(sessions.folder(name) / "ledger.db", name).close()
+    looked.clear()
+    ledgers = events_module._Ledgers(Settings(data_dir=tmp_path))
+    for _ in range(3):  # each time the other one's place is needed
+        assert ledgers.get("one") is not None and ledgers.get("two") is not None
+    assert looked == ["one", "two"]
+    ledgers.close()
+    path = sessions.folder("one") / "ledger.db"
+    path.rename(path.with_name("kept"))  # so that its inode is not taken again
+    Ledger.open(path, "one").close()
+    looked.clear()
+    assert ledgers.get("one") is not None
+    ledgers.close()
+    assert looked == ["one"]

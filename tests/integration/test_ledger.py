@@ -1,17 +1,24 @@
 """The ledger: one row a message id, forward only, on SQLite and on PostgreSQL."""
 
+import contextlib
+import functools
 import os
 import random
-import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import faults
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects import sqlite
 
+from storage import ledger as ledger_module
+from storage.errors import LedgerUnavailable
 from storage.ledger import (
+    MAX_PENDING_RECEIPTS,
     RANK,
     Attempt,
     Claim,
@@ -295,6 +302,29 @@ def test_a_receipt_without_a_message_is_forgotten_after_a_day(ledger: Ledger) ->
     assert ledger.pending_receipts() == []
 
 
+@pytest.mark.parametrize("name", ["_FIND_BY_WA_ID", "_FIND_BY_WA_ID_LOCKED", "_MATCHING", "_DUE"])
+def test_sqlite_finds_the_message_of_a_receipt_by_its_index(tmp_path: Path, name: str) -> None:
+    with contextlib.closing(Ledger.open(tmp_path / "ledger.db", "sales")):
+        pass
+    known = {"session": "sales", "wa_message_id": "WA1", "before": 0.0}
+    text, values = getattr(ledger_module, name).on(sqlite.dialect(), known)
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+    assert any("by_wa_id (session=? AND wa_message_id=?)" in step for step in plan), plan
+    whole = [step for step in plan if step.endswith("(session=?)") and "receipts" not in step]
+    assert not whole, "else each receipt reads all messages of its session"
+
+
+def test_receipts_that_wait_in_vain_are_bounded_and_the_newest_stay(ledger: Ledger) -> None:
+    for n in range(25):
+        batch = [Receipt(f"BY-HAND-{n}-{m}", "delivered", float(n)) for m in range(100)]
+        ledger.receipts(batch, now=float(n))
+    kept = ledger.pending_receipts()
+    assert MAX_PENDING_RECEIPTS <= len(kept) <= MAX_PENDING_RECEIPTS + 100
+    assert kept[-1].wa_message_id.startswith("BY-HAND-24-")
+    assert kept[0].wa_message_id.startswith("BY-HAND-4-")
+
+
 def test_a_receipt_of_a_former_attempt_proves_the_message_once_the_present_one_is_settled(
     ledger: Ledger,
 ) -> None:
@@ -377,9 +407,23 @@ def test_old_settled_rows_are_removed_and_unsettled_ones_never(ledger: Ledger) -
     assert ledger.counts() == {"sending": 1}
 
 
-def test_a_probe_leaves_nothing(ledger: Ledger) -> None:
+def test_a_probe_writes_and_leaves_nothing(ledger: Ledger) -> None:
     ledger.probe()
     assert ledger.counts() == {}
+    is_sqlite = ledger._database.is_sqlite
+    words = "PRAGMA query_only = ON" if is_sqlite else "SET default_transaction_read_only = on"
+    ledger._database._connect().cursor().execute(words)
+    assert ledger.counts() == {}, "it can be read"
+    with pytest.raises(LedgerUnavailable, match=r"read-?only"):
+        ledger.probe()
+
+
+def test_a_probe_tries_more_than_to_begin_to_write(tmp_path: Path) -> None:
+    with contextlib.closing(Ledger.open(tmp_path / "ledger.db", "sales")) as ledger:
+        no = "BEFORE INSERT ON ledger_messages BEGIN SELECT RAISE(ABORT, 'no more rows'); END"
+        ledger._database._connect().execute(f"CREATE TEMP TRIGGER full {no}")
+        with pytest.raises(LedgerUnavailable, match="no more rows"):
+            ledger.probe()
 
 
 # Processes
@@ -426,7 +470,8 @@ def test_a_kill_at_a_random_moment_loses_nothing_that_was_acknowledged(
     Ledger.open(location, "sales").close()
     chance = random.Random(3)
     for turn in range(12):
-        acknowledged = _killed_while_sending(location, turn, chance.uniform(0.03, 0.12))
+        claims = functools.partial(_claims, location, turn)
+        acknowledged = faults.steps_until_killed(claims, after_s=chance.uniform(0.03, 0.12)) - 1
         ledger = Ledger.open(location, "sales")
         sending = ledger.sending()
         assert len(sending) <= 1
@@ -442,27 +487,14 @@ def test_a_kill_at_a_random_moment_loses_nothing_that_was_acknowledged(
         ledger.close()
 
 
-def _killed_while_sending(location: str | Path, turn: int, after_s: float) -> int:
-    """Settle and claim in a child until it is killed; the last number that it claimed, or -1."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ledger = Ledger.open(location, "sales")
-            settle = None
-            for number in range(100_000):
-                ledger.claim(a_claim(f"{turn}-{number}"), secret=secret, settle=settle)
-                os.write(writing, number.to_bytes(4, "big"))
-                settle = Settlement(f"{turn}-{number}", "sent", at=2.0)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    time.sleep(after_s)  # the moment of the kill is what is random here
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    return int.from_bytes(said[-4:], "big") if said else -1
+def _claims(location: str | Path, turn: int) -> Iterator[None]:
+    """Settle one message and claim the next, a step each."""
+    ledger = Ledger.open(location, "sales")
+    settle = None
+    for number in range(100_000):
+        ledger.claim(a_claim(f"{turn}-{number}"), secret=secret, settle=settle)
+        yield
+        settle = Settlement(f"{turn}-{number}", "sent", at=2.0)
 
 
 def test_claiming_is_cheap(ledger: Ledger) -> None:

@@ -22,10 +22,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from support import locked
 
 import storage
 from storage import ledger_schema, sqlite_files
-from storage.database import Database
+from storage.database import Database, Statement
 from storage.errors import LedgerBroken, LedgerNewer, LedgerUnavailable
 from storage.ledger import RANK, Claim, Claimed, Ledger, Settlement
 from storage.ledger_schema import VERSION_TABLE, held_path
@@ -71,7 +72,9 @@ def test_migrations_make_the_same_tables_as_a_new_ledger_has(location: str | Pat
     database.close()
 
 
-def test_an_older_ledger_keeps_its_rows_and_takes_new_ones(location: str | Path) -> None:
+@pytest.fixture
+def older(location: str | Path) -> str | Path:
+    """A ledger of the first revision, with the message `m0` in it."""
     config = Config()
     config.set_main_option("script_location", str(Path(storage.__file__).parent / "migrations"))
     database = Database(location, timeout_s=5)
@@ -84,12 +87,37 @@ def test_an_older_ledger_keeps_its_rows_and_takes_new_ones(location: str | Path)
     row = "('sales', 'm0', 'sent', 1, 'hash', 'j0', 'recipient', 1.0)"
     names = "session, message_id, status, attempt, content_hash, job_id, recipient_hash, claimed_at"
     run_sql(location, f"INSERT INTO ledger_messages ({names}) VALUES {row}")
-    ledger = Ledger.open(location, "sales")
+    return location
+
+
+def test_an_older_ledger_keeps_its_rows_and_takes_new_ones(older: str | Path) -> None:
+    ledger = Ledger.open(older, "sales")
     claim(ledger)
     old, new = ledger.find("m0"), ledger.find("m1")
     ledger.close()
     assert old and (old.status, old.metadata) == ("sent", None)
     assert new and (new.status, new.metadata) == ("sending", '{"deal": 7}')
+
+
+def test_what_pip_installs_brings_its_migrations_along(older: str | Path, installed: Path) -> None:
+    script = (
+        "import sys; from storage import ledger_tables; from storage.ledger import Ledger;"
+        "ledger = Ledger.open(sys.argv[1], 'sales');"
+        "assert ledger.find('m0').metadata is None;"
+        "print(ledger_tables.__file__)"
+    )
+    done = subprocess.run(
+        [installed / "bin" / "python", "-P", "-c", script, older],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(installed), done.stderr
+    database = Database(older, timeout_s=5)
+    assert database.run(Statement(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")), {}) == [
+        (HEAD,)
+    ]
+    database.close()
 
 
 def test_the_newest_migration_is_the_one_that_the_tables_name() -> None:
@@ -173,7 +201,7 @@ def test_a_damaged_index_is_rebuilt(filled: Path, caplog: pytest.LogCaptureFixtu
             " WHERE name = 'ledger_messages_by_time'"
         )
     connection.close()
-    ledger = Ledger.open(filled, "sales")
+    ledger = Ledger.open(filled, "sales", is_owner=True)
     assert [record.message for record in caplog.records] == ["sqlite.repaired"]
     assert ledger.counts() == {"sent": 400}
     ledger.close()
@@ -194,7 +222,7 @@ def test_a_ledger_beyond_repair_is_set_aside_and_held_until_an_operator_acts(
     filled.write_bytes(data)
     for _ in range(2):
         with pytest.raises(LedgerBroken, match=r"set aside as ledger\.db\.broken-.*queue is held"):
-            Ledger.open(filled, "sales")
+            Ledger.open(filled, "sales", is_owner=True)
     assert not filled.exists()
     (aside,) = filled.parent.glob("ledger.db.broken-*")
     assert aside.read_bytes() == data
@@ -203,6 +231,23 @@ def test_a_ledger_beyond_repair_is_set_aside_and_held_until_an_operator_acts(
     ledger = Ledger.open(filled, "sales")
     assert ledger.counts() == {}
     ledger.close()
+
+
+def test_only_the_process_that_runs_the_session_touches_a_damaged_ledger(filled: Path) -> None:
+    owner = Ledger.open(filled, "sales", is_owner=True)
+    with filled.open("r+b") as file:
+        for page in range(2, filled.stat().st_size // 4096 - 2):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 200)
+    data, names = filled.read_bytes(), sorted(filled.parent.iterdir())
+    with pytest.raises(LedgerUnavailable, match="when its session starts next") as raised:
+        Ledger.open(filled, "sales")
+    assert raised.value.transient
+    assert (filled.read_bytes(), sorted(filled.parent.iterdir())) == (data, names)
+    owner.close()
+    _refused(filled)
+    with pytest.raises(LedgerBroken, match="queue is held"):
+        Ledger.open(filled, "sales")
 
 
 def test_a_kill_while_a_ledger_is_set_aside_never_leaves_an_empty_one(filled: Path) -> None:
@@ -222,7 +267,7 @@ def test_a_kill_while_a_ledger_is_set_aside_never_leaves_an_empty_one(filled: Pa
 
 def _refused(path: Path) -> None:
     with pytest.raises(LedgerBroken):
-        Ledger.open(path, "sales").close()
+        Ledger.open(path, "sales", is_owner=True).close()
 
 
 def test_damage_found_while_running_is_named(filled: Path) -> None:
@@ -248,15 +293,12 @@ def test_the_check_is_bounded_in_time(filled: Path) -> None:
 def test_a_locked_ledger_is_unavailable_within_the_time_and_works_afterwards(path: Path) -> None:
     ledger = Ledger.open(path, "sales", timeout_s=0.3)
     claim(ledger)
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    began = time.monotonic()
-    with pytest.raises(LedgerUnavailable, match="locked") as raised:
-        ledger.settle(Settlement("m1", "sent", at=2.0))
-    assert 0.25 < time.monotonic() - began < 2
+    with locked(path):
+        began = time.monotonic()
+        with pytest.raises(LedgerUnavailable, match="locked") as raised:
+            ledger.settle(Settlement("m1", "sent", at=2.0))
+        assert 0.25 < time.monotonic() - began < 2
     assert raised.value.transient
-    other.execute("ROLLBACK")
-    other.close()
     row = ledger.settle(Settlement("m1", "sent", at=2.0))
     assert row is not None
     assert row.status == "sent"

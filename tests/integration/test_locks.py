@@ -65,7 +65,7 @@ def test_waiting_ends_when_the_lock_is_given_back(tmp_path: Path) -> None:
     second = FileLock(tmp_path / "lock")
     began = time.monotonic()
     second.acquire(5)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
 
 
 def test_a_lock_in_a_folder_made_anew_is_another_lock(tmp_path: Path) -> None:

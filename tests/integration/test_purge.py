@@ -31,6 +31,7 @@ from rq.serializers import JSONSerializer
 from support import RedisServer, eventually
 
 from jobs import purge as purge_job
+from storage.errors import DocumentBroken
 from storage.ledger import Claim, Ledger, Settlement
 from storage.locks import FileLock
 from storage.sessions import Sessions, StateRecord
@@ -49,7 +50,8 @@ NOW = 1_000_000_000.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    started = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    folder = tmp_path_factory.mktemp("a redis")  # whose path RQ's worker must not trip over
+    started = RedisServer(folder).start()
     yield started
     started.kill()
 
@@ -128,6 +130,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 # Whom
+
+
+def test_a_data_folder_that_is_absent_is_empty_and_a_file_in_its_place_is_refused(
+    config: Settings,
+) -> None:
+    assert purge(config).is_complete and not config.data_dir.exists()
+    config.data_dir.touch()
+    with pytest.raises(DocumentBroken, match="a file lies where a folder must be"):
+        purge(config)
 
 
 def test_a_session_never_linked_goes_without_a_tombstone(

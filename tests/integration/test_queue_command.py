@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from support import RedisServer
 from storage.sessions import Sessions
 from whatsapp_worker import client
 from whatsapp_worker.cli import main
+from whatsapp_worker.outbox import Outbox
+from whatsapp_worker.rq_job import Job
 
 TO = "+5511999990001"
 
@@ -89,6 +92,25 @@ def test_clearing_takes_what_was_popped_and_leaves_what_is_being_sent(
     assert ask("clear", "--yes")["cleared"] == 3
     assert [str(out.outcome(job).status) for job in jobs] == ["sending", *["cancelled"] * 3]
     assert redis.lrange(f"{queue}:intermediate", 0, -1) == [jobs[0].id.encode()]
+
+
+def test_clearing_misses_nothing_that_is_put_back_meanwhile(
+    redis: Redis, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its consumer popped the first, learns of a pause, and puts it back between two looks."""
+    out = client.Outbox(redis)
+    out.send_many("sales", [client.text(TO, "x", message_id=f"m{n}") for n in range(4)])
+    queue = "rq:queue:wa:out:sales"
+    redis.lmove(queue, f"{queue}:intermediate", "LEFT", "RIGHT")
+    load = Outbox.load
+
+    def load_late(outbox: Outbox, name: str, ids: Sequence[bytes]) -> list[Job]:
+        redis.lmove(f"{queue}:intermediate", queue, "RIGHT", "LEFT")
+        return load(outbox, name, ids)
+
+    monkeypatch.setattr(Outbox, "load", load_late)
+    assert ask("clear", "--yes")["as"] == {"cancelled": 4}
+    assert ask()["depth"] == 0
 
 
 def test_clearing_ends_a_job_that_was_enqueued_twice(redis: Redis, ask: Any) -> None:

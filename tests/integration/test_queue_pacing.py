@@ -62,6 +62,14 @@ def test_a_pace_keeps_messages_apart_and_in_order(redis: Redis, url: str, tmp_pa
     assert device.received() == [f"text of {id}" for id in ids]
 
 
+def test_what_is_done_meanwhile_is_no_part_of_a_gap(redis: Redis, url: str, tmp_path: Path) -> None:
+    ids = enqueue_many(redis, 4)
+    device = Clocked(tmp_path)
+    with Running(Parts(url, tmp_path, device=device, **{**FAST, "pace_per_minute": 60.0})):
+        eventually(lambda: settled(redis, *ids))
+    assert 0.99 <= min(device.gaps()) < 1.3
+
+
 def test_without_a_pace_nothing_is_written_and_nothing_waits(
     redis: Redis, url: str, tmp_path: Path
 ) -> None:

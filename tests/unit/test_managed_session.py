@@ -5,15 +5,16 @@ import resource
 import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from storage.sessions import Sessions, Wanted
+from whatsapp_worker import session_status
 from whatsapp_worker.endings import Ending, EndingKind
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.managed_session import ManagedSession
@@ -751,10 +752,13 @@ def test_a_slow_disk_is_written_to_less_often(
 ) -> None:
     play = Play(FakeHost(tmp_path, max_sessions=100))
     play.start()
-    write, written_at = Sessions.put_state, []
+    write, written_at, seconds = Sessions.put_state, [], 0.0
+    clock = SimpleNamespace(monotonic=lambda: seconds)
+    monkeypatch.setattr(session_status, "time", clock)
 
     def slowly(*args: Any) -> None:
-        time.sleep(0.03)
+        nonlocal seconds
+        seconds += 0.03
         written_at.append(play.host.now)
         write(*args)
 

@@ -41,6 +41,19 @@ def test_ready_status_and_stopping_are_told_and_a_status_only_once(systemd: sock
     assert heard(systemd) == ["READY=1", "STATUS=1 of 1 sessions connected", "STOPPING=1"]
 
 
+def test_a_status_that_was_not_taken_is_told_again(systemd: socket.socket) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": systemd.getsockname()})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                other.sendto(b"x", systemd.getsockname())
+    notifier.status("1 of 1 sessions connected")
+    assert "STATUS=1 of 1 sessions connected" not in heard(systemd)
+    notifier.status("1 of 1 sessions connected")
+    assert heard(systemd) == ["STATUS=1 of 1 sessions connected"]
+
+
 def test_the_watchdog_is_fed_at_half_its_interval_by_ticks_alone(systemd: socket.socket) -> None:
     environ = {
         "NOTIFY_SOCKET": systemd.getsockname(),

@@ -1,6 +1,9 @@
-"""What native libraries wrote as they fell."""
+"""What native libraries wrote as they fell; threads whose timers may be late."""
 
+import ctypes
 import os
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +49,22 @@ def test_an_output_file_stays_small(output: int) -> None:
     os.write(output, PANIC.encode())
     assert os.fstat(output).st_size == len(PANIC)
     assert process.last_words(output).startswith("panic: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a timer slack")
+def test_threads_begun_meanwhile_have_late_timers_and_no_others() -> None:
+    before = slack_ns()
+    found: list[int] = []
+    inner = threading.Thread(target=lambda: found.append(slack_ns()))
+    outer = threading.Thread(target=lambda: (inner.start(), found.append(slack_ns())))
+    with process.late_timers(0.001):
+        outer.start()
+    outer.join()
+    inner.join()
+    assert found == [1_000_000] * 2
+    assert slack_ns() == before != 1_000_000
+
+
+def slack_ns() -> int:
+    """Of the calling thread: PR_GET_TIMERSLACK of prctl(2)."""
+    return int(ctypes.CDLL(None).prctl(30, 0, 0, 0, 0))

@@ -23,11 +23,17 @@ def service() -> configparser.SectionProxy:
     return parser["Service"]
 
 
-@pytest.mark.parametrize("line", PROCFILE)
-def test_every_line_of_the_procfile_is_a_command(line: str) -> None:
-    words = shlex.split(line.partition(":")[2])
-    assert words[0] == "whatsapp-worker"
-    assert arguments.parser().parse_args(words[1:])
+def test_the_procfile_names_every_process_that_serves_and_no_other() -> None:
+    named = {}
+    for line in PROCFILE:
+        name, _, command = line.partition(":")
+        program, *words = shlex.split(command)
+        assert program == "whatsapp-worker" and arguments.parser().parse_args(words).serves
+        named[name] = words
+    assert named == {"worker": ["run"], "events": ["events"], "maintenance": ["maintenance"]}
+    [commands] = arguments.parser()._subparsers._group_actions
+    serving = {name for name, made in commands.choices.items() if made.get_default("serves")}
+    assert serving - {"sandbox"} == {words[0] for words in named.values()}
 
 
 def test_the_unit_runs_a_command_and_gives_it_time_to_drain() -> None:

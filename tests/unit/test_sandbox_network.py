@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
-from whatsapp_worker.sandbox import connection, groups, protobufs
+from whatsapp_worker.sandbox import api, connection, groups, protobufs, server
 from whatsapp_worker.sandbox.binary import Jid, MalformedNode, Node
 from whatsapp_worker.sandbox.media import Media
 from whatsapp_worker.sandbox.model import Attempt, Device, PreKey
@@ -103,6 +104,63 @@ def test_a_group_has_two_members_and_there_are_not_too_many(
     network.groups.create("x", [PHONE, "5511999990002"])
     with pytest.raises(ValueError, match="already"):
         network.groups.create("x", [PHONE, "5511999990002"])
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/refuse", {}),
+        ("/stall", {}),
+        ("/connect-failure", {"reason": 503}),
+        ("/send-fault", {"how": "no_ack"}),
+        ("/query-fault", {}),
+    ],
+)
+def test_there_are_not_too_many_faults(
+    network: Network, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(api, "MAX_RULES", 2)
+    route: Any = api.Api(network).routes()["POST", path]
+    for _ in range(2):
+        route(api.Fields(dict(fields)))
+    with pytest.raises(api.BadRequest, match="already"):
+        route(api.Fields(dict(fields)))
+
+
+@pytest.mark.parametrize("text", [7, "x" * (api.MAX_TEXT + 1), "half a \ud800 pair"])
+def test_a_text_that_no_stanza_can_carry_is_refused_by_name(text: object) -> None:
+    with pytest.raises(api.BadRequest, match="text:"):
+        api.Fields({"text": text}).text("text")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "example.com"])
+def test_a_host_off_loopback_is_refused_before_anything_is_made(tmp_path: Path, host: str) -> None:
+    def listens(told: object) -> None:
+        pytest.fail(f"it listens: {told}")
+
+    with pytest.raises(ValueError, match="loopback only"):
+        server.serve(state_dir=tmp_path / "sandbox", host=host, ready=listens)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_route_of_the_control_api_but_health_wants_the_key(
+    network: Network, tmp_path: Path
+) -> None:
+    app = api.make_app(network, Media(tmp_path / "media"), "right")
+    routes = [
+        (route.method, route.resource.canonical.format(message_id="x"))
+        for route in app.router.routes()
+        if route.resource
+    ]
+    assert len(routes) > 25, routes
+
+    async def let_in() -> set[str]:
+        async with TestClient(TestServer(app)) as client:
+            wrong = {"X-Api-Key": "wrong"}
+            answers = [await client.request(*route, headers=wrong) for route in routes]
+            return {answer.url.path for answer in answers if answer.status != 401}
+
+    assert asyncio.run(let_in()) == {"/health"}
 
 
 class Wire(asyncio.Transport):

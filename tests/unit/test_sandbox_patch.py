@@ -53,6 +53,7 @@ def test_the_sandbox_s_own_environment_is_safe(environ: dict[str, str]) -> None:
         ("no_proxy", "whatsapp.net"),
         ("no_proxy", "com"),
         ("NO_PROXY", "*.whatsapp.net"),
+        ("NO_PROXY", "[web.whatsapp.com]:443"),
         ("SSL_CERT_FILE", ""),
         ("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"),
         ("SSL_CERT_FILE", "/nowhere/ca.pem"),

@@ -1,42 +1,53 @@
 """The table of send failures: one test a row."""
 
+import re
+
 import pytest
 
-from whatsapp_worker.send_errors import Kind, classify
+from whatsapp_worker.send_errors import TABLE, Kind, classify
+
+QUERY = "failed to send usync query: info query returned status"
+CASES = [
+    ("no LID found for 5511999990001 from server", Kind.RECIPIENT),
+    ("client is nil", Kind.NOT_CONNECTED),
+    ("the store doesn't contain a device JID", Kind.LOGGED_OUT),
+    ("websocket not connected", Kind.NOT_CONNECTED),
+    ("failed to send message node: websocket not connected", Kind.NOT_CONNECTED),
+    ("timed out waiting for message send response", Kind.UNSURE),
+    ("websocket disconnected before message send returned response", Kind.UNSURE),
+    ("not logged in", Kind.LOGGED_OUT),
+    *((f"server returned error {code}", Kind.RECIPIENT) for code in (400, 401, 479, 501, 4630)),
+    *((f"server returned error {code}", Kind.TRANSIENT) for code in (408, 500, 502, 503, 504)),
+    *((f"server returned error {code}", Kind.STOP_SENDING) for code in (420, 429, 463)),
+    *((f"{QUERY} {code}: x", Kind.STOP_SENDING) for code in (420, 429, 463)),
+    ("failed to get group members: info query returned status 503: x", Kind.TRANSIENT),
+    ("failed to get device list: info query returned status 530: x", Kind.TRANSIENT),
+    *((f"{QUERY} {code}: x", Kind.RECIPIENT) for code in (400, 404, 406)),
+    (f"{QUERY} 403: x", Kind.TRANSIENT),
+    ("websocket disconnected before info query returned response", Kind.UNSURE),
+    ("that group does not exist", Kind.RECIPIENT),
+    ("you're not participating in that group", Kind.RECIPIENT),
+    ("can't send message to unknown server x", Kind.RECIPIENT),
+    ("message recipient must be a user JID with no device part", Kind.RECIPIENT),
+    ("something nobody has seen", Kind.UNSURE),
+    ("", Kind.UNSURE),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("no LID found for 5511999990001 from server", Kind.RECIPIENT),
-        ("client is nil", Kind.NOT_CONNECTED),
-        ("the store doesn't contain a device JID", Kind.LOGGED_OUT),
-        ("websocket not connected", Kind.NOT_CONNECTED),
-        ("failed to send message node: websocket not connected", Kind.NOT_CONNECTED),
-        ("timed out waiting for message send response", Kind.UNSURE),
-        ("websocket disconnected before message send returned response", Kind.UNSURE),
-        ("not logged in", Kind.LOGGED_OUT),
-        *((f"server returned error {code}", Kind.RECIPIENT) for code in (400, 401, 479, 501)),
-        *((f"server returned error {code}", Kind.TRANSIENT) for code in (408, 500, 502, 503, 504)),
-        *((f"server returned error {code}", Kind.STOP_SENDING) for code in (420, 429, 463)),
-        ("failed to send usync query: info query returned status 429: x", Kind.STOP_SENDING),
-        ("failed to get group members: info query returned status 503: x", Kind.TRANSIENT),
-        ("failed to get device list: info query returned status 530: x", Kind.TRANSIENT),
-        *((f"x: info query returned status {code}: x", Kind.RECIPIENT) for code in (400, 404, 406)),
-        ("failed to send usync query: info query returned status 403: x", Kind.TRANSIENT),
-        ("websocket disconnected before info query returned response", Kind.UNSURE),
-        ("that group does not exist", Kind.RECIPIENT),
-        ("you're not participating in that group", Kind.RECIPIENT),
-        ("can't send message to unknown server x", Kind.RECIPIENT),
-        ("message recipient must be a user JID with no device part", Kind.RECIPIENT),
-        ("something nobody has seen", Kind.UNSURE),
-        ("", Kind.UNSURE),
-    ],
-)
+@pytest.mark.parametrize(("text", "kind"), CASES)
 def test_every_known_failure_has_its_meaning(text: str, kind: Kind) -> None:
     assert classify(text) is kind
 
 
-def test_the_breaker_does_not_count_what_concerns_one_recipient_or_asks_for_a_pause() -> None:
-    counted = {kind for kind in Kind if kind.is_transport_fault}
-    assert counted == {Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT}
+def test_no_row_is_without_a_test() -> None:
+    decided = {
+        next((pattern for pattern, _ in TABLE if re.search(pattern, text)), None)
+        for text, _ in CASES
+    }
+    assert {pattern for pattern, _ in TABLE} - decided == set()
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_the_breaker_counts_transport_faults_and_time_outs_only(kind: Kind) -> None:
+    counted = (Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT)
+    assert kind.is_transport_fault == (kind in counted)

@@ -1,7 +1,13 @@
 """Settings: parsed once, all problems at once, secrets masked."""
 
+import os
+import re
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
 import pytest
 
+import whatsapp_worker
 from whatsapp_worker.errors import SettingsError
 from whatsapp_worker.settings import Settings, declarations, mask
 
@@ -11,6 +17,37 @@ def test_an_empty_environment_gives_the_documented_defaults():
     assert settings.reconnect_waits_s == (3.0, 6.0, 12.0)
     assert settings.network == "whatsapp"
     assert settings.max_tombstones == 1000
+
+
+def test_defaults_that_the_documents_name_are_those_of_the_program():
+    defaults = {row["variable"]: row["default"] for row in Settings().table({})}
+    docs = Path(__file__).parents[2] / "docs"
+    named = [
+        (path.name, name, value)
+        for path in docs.glob("*.md")
+        for name, value in re.findall(r"`(\w+)` \((\d+)", path.read_text())
+        if name in defaults
+    ]
+    assert [row for row in named if row[2] != defaults[row[1]]] == []
+    assert len([row for row in named if row[0] == "breakers.md"]) == 4
+
+
+def test_every_setting_is_read_by_something():
+    package = Path(whatsapp_worker.__file__).parent
+    source = "".join(path.read_text() for path in package.rglob("*.py"))
+    read = set(re.findall(r"settings\.(\w+)", source))
+    assert {field.name for field in fields(Settings)} - read == set()
+
+
+def test_settings_stay_as_they_were_read(monkeypatch):
+    monkeypatch.setenv("SEND_TIMEOUT_S", "7")
+    settings = Settings.read(os.environ)
+    monkeypatch.setenv("SEND_TIMEOUT_S", "8")
+    assert settings.send_timeout_s == 7
+    for field in fields(Settings):
+        with pytest.raises(FrozenInstanceError):
+            setattr(settings, field.name, None)
+    assert hash(settings), "no value of theirs can be changed in place either"
 
 
 def test_all_problems_are_listed_at_once():

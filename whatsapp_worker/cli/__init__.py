@@ -39,6 +39,7 @@ def _run(options: arguments.Options) -> int:
     from whatsapp_worker.settings import Settings
 
     settings = Settings.read(os.environ)
+    os.umask(0o077)  # DATA_DIR and all else that is made is for this user alone
     telemetry.set_up(settings, quiet=not (options.serves or options.verbose))
     return arguments.command(options)(options, settings)
 

@@ -187,9 +187,9 @@ def _transfer(commands: Any) -> None:
     into.add_argument("--as", dest="name", metavar="SESSION", help="another id than it had")
     for made in (out, into):
         made.add_argument("file", metavar="FILE", help="the encrypted file")
+        made.epilog = "The passphrase is asked for, or taken from SESSION_PASSPHRASE;"
         _common(made)
         _json(made, "one JSON line")
-        made.epilog = "The passphrase is asked for, or taken from SESSION_PASSPHRASE."
 
 
 def _operation(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
@@ -366,6 +366,7 @@ def _short(about: str) -> str:
 
 
 def _common(made: argparse.ArgumentParser) -> None:
+    made.epilog = f"{made.epilog or ''}\n\nexit codes and variables: whatsapp-worker --help".strip()
     made.add_argument("--verbose", action="store_true", help="log lines and tracebacks on stderr")
 
 

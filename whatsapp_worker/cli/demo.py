@@ -8,6 +8,7 @@ demo, however that ends.
 import contextlib
 import inspect
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -280,16 +281,16 @@ class Demo:
 
     def _point_onwards(self) -> None:
         """Where to look next; every command works as it is printed."""
-        script = _script()
+        script, folder = _script(), shlex.quote(_relative(self._folder))
         rows = [
             ("look around", "make demo KEEP=1, then in another terminal:"),
-            ("", f"export DATA_DIR={_relative(self._folder)} WHATSAPP_NETWORK=sandbox"),
+            ("", f"export DATA_DIR={folder} WHATSAPP_NETWORK=sandbox"),
             ("", f"{script} status            (also: status --watch)"),
             ("", f"{script} messages list {SESSION}"),
             ("", f'{script} send {SESSION} +{CONTACT} "Hi" --wait'),
             ("a real phone", f"make run, then in another terminal: {script} link sales"),
             ("your own tests", f"{script} sandbox   (README: Testing your integration)"),
-            ("data and logs", f"{_relative(self._folder)}  (the next demo empties it)"),
+            ("data and logs", f"{folder}  (the next demo empties it)"),
         ]
         for name, text in rows:
             print(f"   {paint(f'{name:<15}', 'cyan')}{text}")
@@ -413,4 +414,4 @@ def _script() -> str:
     beside = Path(sys.executable).with_name("whatsapp-worker")
     if shutil.which("whatsapp-worker") or not beside.exists():
         return "whatsapp-worker"
-    return _relative(beside)
+    return shlex.quote(_relative(beside))

@@ -30,6 +30,7 @@ class Supervisor:
     """Whether a supervisor holds the data folder, and what it wrote about itself."""
 
     alive: bool
+    network: str  # that it runs on; where none runs, that of the settings
     pid: int | None = None
 
 
@@ -44,10 +45,12 @@ class Host:
         """Who holds the data folder now."""
         path = self.settings.data_dir / "supervisor.lock"
         if not locks.is_locked(path):
-            return Supervisor(alive=False)
+            return Supervisor(alive=False, network=self.settings.network)
         note = locks.holder(path) or {}
-        pid = note.get("pid")
-        return Supervisor(alive=True, pid=pid if isinstance(pid, int) else None)
+        pid, network = note.get("pid"), note.get("network", self.settings.network)
+        return Supervisor(
+            alive=True, network=str(network), pid=pid if isinstance(pid, int) else None
+        )
 
     def redis(self, *, timeout_s: float = 5.0) -> "Redis":
         """A client for the Redis of this host; nothing is sent yet.

@@ -144,17 +144,15 @@ class Attempt:
         return sessions.want(self._session, change, now=time.time())
 
     def _create(self) -> None:
-        settings = self._host.settings
-        if len(self._host.sessions.ids()) >= settings.max_sessions:
+        host, limit = self._host, self._host.settings.max_sessions
+        if len(host.sessions.ids()) >= limit:
             raise CapacityReached(
-                f"MAX_SESSIONS={settings.max_sessions} sessions exist already: delete one, or raise"
-                " it"
+                f"MAX_SESSIONS={limit} sessions exist already: delete one, or raise it"
             )
-        self._host.sessions.prepare()
-        self._host.sessions.install_key()  # made before the first session, it is not missed later
-        self._host.sessions.create(
-            self._session, network=settings.network, now=time.time(), why="link"
-        )
+        host.sessions.prepare()
+        host.sessions.install_key()  # made before the first session, it is not missed later
+        network = host.supervisor().network
+        host.sessions.create(self._session, network=network, now=time.time(), why="link")
 
     def _state(self) -> StateRecord | None:
         """The state, once the supervisor acts on our request."""

@@ -43,11 +43,15 @@ def demo(options: Options, settings: Settings) -> int:
 
 def sandbox(options: Options, settings: Settings) -> int:
     """Serve `sandbox`: the network itself, or with --env how to reach the one that runs."""
-    from whatsapp_worker.sandbox import server
-
     folder = Path(options.state_dir) if options.state_dir else settings.data_dir / "sandbox"
     if options.env:
         return _print_environment(folder)
+    try:
+        from whatsapp_worker.sandbox import server
+    except ModuleNotFoundError as missing:
+        raise CommandFailed(
+            f"the sandbox needs {missing.name}, of the extra `sandbox`: pip install '.[sandbox]'"
+        ) from None
 
     def ready(endpoints: server.Endpoints) -> None:
         if options.json:
@@ -63,7 +67,7 @@ def sandbox(options: Options, settings: Settings) -> int:
         talk(f"The sandbox WhatsApp network runs; its keys and devices lie in {folder}.")
         talk(f"  control API  {endpoints.control_url}  (key: {folder / 'sandbox.json'})")
         talk("  put a worker on it, in another terminal:")
-        where = f" --state-dir {options.state_dir}" if options.state_dir else ""
+        where = f" --state-dir {shlex.quote(options.state_dir)}" if options.state_dir else ""
         talk(f"    eval $(whatsapp-worker sandbox --env{where}) && whatsapp-worker run --all")
 
     try:

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from redis import RedisError
@@ -82,6 +82,9 @@ def gather(host: Host, session: str) -> dict[str, Any]:
         found |= {"state": "held", "reason": "enqueued for another number, or before its deletion"}
     elif is_quiet and row["state"] != State.CONNECTED and found["depth"]:
         found["reason"] = f"the session is {row['state']}. {row['sentence']}".strip()
+    elif is_quiet and found["depth"] and (found["pace"]["next_at"] or 0.0) > time.time():
+        # state.json says so at the next write of what changes all the time.
+        found |= {"state": "pacing", "reason": pacer.LIMITED, "until": found["pace"]["next_at"]}
     return found
 
 
@@ -176,20 +179,11 @@ def _cancel_all(outbox: Outbox, ledger: Ledger, sessions: Sessions) -> Iterator[
             jobs, Status.CANCELLED, CLEARED, outbox=outbox, ledger=ledger, install_key=key
         )
 
-    pages: dict[str, Callable[[str, int, int], list[Job]]]
-    pages = {"queued": outbox.page, "later": outbox.later}
-    for queue, counts in outbox.counts().items():
-        # A consumer that may not send what it popped puts it back, before those that are counted.
-        in_hand = outbox.in_hand(queue)
-        for place, page in pages.items():
-            left, stayed = counts[place], 0
-            while left > 0 and (jobs := page(queue, stayed, min(left, _PAGE))):
-                outcomes = end(jobs)
-                left -= sum(job.raw_id not in in_hand for job in jobs)
-                stayed += len(jobs) - len(outcomes)
-                yield outcomes
-        if jobs := [job for job in outbox.load(queue, in_hand) if job.status == "queued"]:
-            yield end(jobs)
+    for queue in outbox.queues:
+        waiting = outbox.waiting(queue)
+        for start in range(0, len(waiting), _PAGE):
+            jobs = outbox.load(queue, waiting[start : start + _PAGE])
+            yield end([job for job in jobs if job.status != "started"])
 
 
 def _make_sure(options: Options) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from storage.errors import StorageError
-from storage.sessions import StateRecord, Wanted
+from storage.sessions import StateRecord
 from whatsapp_worker import keys, purge_memory
 from whatsapp_worker.cli import host as hosts
 from whatsapp_worker.cli.arguments import Options
@@ -91,7 +91,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "supervisor": {"alive": alive, "pid": supervisor.pid},
         "redis": redis,
         "database": hosts.check_database(host.settings),
-        "network": host.settings.network,
+        "network": supervisor.network,
         "data_dir": str(host.settings.data_dir.absolute()),
         "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
@@ -140,9 +140,10 @@ def _row(
         wanted, state = host.sessions.wanted(name), host.sessions.state(name)
     except StorageError as error:
         return _facts(name, State.FAILED, None, str(error), depth)
+    wish = {"network": wanted.network, "wanted": wanted.run} if wanted else {}
     if state is None:
         sentence = _STARTING if alive else _NO_SUPERVISOR
-        return _facts(name, State.UNLINKED, None, sentence, depth)
+        return _facts(name, State.UNLINKED, None, sentence, depth) | wish
     row = _facts(name, state.state, state.reason, state.sentence, depth) | {
         "since": state.since,
         "degraded": state.degraded,
@@ -153,8 +154,7 @@ def _row(
         "attempt": state.attempt,
         "next_attempt_at": state.next_attempt_at,
         "banned_until": state.banned_until,
-        "network": wanted.network if wanted else None,
-        "wanted": _wish(wanted),
+        **wish,
     }
     if not alive:
         return row | _without_supervisor(state)
@@ -198,8 +198,14 @@ def _facts(
         "degraded": False,
         "phone": None,
         "jid": None,
+        "lid": None,
+        "push_name": None,
+        "network": None,
+        "wanted": None,
         "pid": None,
         "attempt": 0,
+        "next_attempt_at": None,
+        "banned_until": None,
         "queue": {"state": "idle", "reason": None, "until": None, "depth": depth},
         "proof_of_life_age_s": None,
         "rss_mib": None,
@@ -210,10 +216,6 @@ def _without_supervisor(state: StateRecord) -> dict[str, Any]:
     if state.state not in _LIVE:
         return {}
     return {"state": str(State.STOPPED), "reason": None, "sentence": _NO_SUPERVISOR}
-
-
-def _wish(wanted: Wanted | None) -> str | None:
-    return wanted.run if wanted else None
 
 
 def render(found: dict[str, Any], *, in_full: bool = False) -> list[str]:
@@ -314,16 +316,16 @@ def _in_full(row: dict[str, Any]) -> list[str]:
         ("reason", row["reason"]),
         ("next", row["sentence"]),
         ("degraded", "proof of life is overdue" if row["degraded"] else None),
-        ("wanted", row.get("wanted")),
-        ("network", row.get("network")),
+        ("wanted", row["wanted"]),
+        ("network", row["network"]),
         ("phone", f"+{row['phone']}" if row["phone"] else None),
         ("jid", row["jid"]),
-        ("lid", row.get("lid")),
-        ("name", row.get("push_name")),
+        ("lid", row["lid"]),
+        ("name", row["push_name"]),
         ("process", row["pid"]),
         ("memory", f"{row['rss_mib']:.0f} MiB" if row["rss_mib"] else None),
         ("attempt", _attempt_words(row)),
-        ("banned", f"until {moment(row['banned_until'])}" if row.get("banned_until") else None),
+        ("banned", f"until {moment(row['banned_until'])}" if row["banned_until"] else None),
         ("queue", _queue_words(row["queue"])),
         ("proof of life", _age_words(row["proof_of_life_age_s"])),
     ]
@@ -351,7 +353,7 @@ def _facts_words(event: dict[str, Any]) -> str:
 def _attempt_words(row: dict[str, Any]) -> str | None:
     if not row["attempt"]:
         return None
-    at = row.get("next_attempt_at")
+    at = row["next_attempt_at"]
     return f"{row['attempt']}" + (f", due {moment(at)}" if at else "")
 
 

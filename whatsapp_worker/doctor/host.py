@@ -11,13 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from whatsapp_worker.doctor.finding import Finding, ok, problem, warning
+from whatsapp_worker.process import open_files_needed
 from whatsapp_worker.redis_server import SOCKET_PATH_MAX
 from whatsapp_worker.settings import Settings
 
 WHATSAPP = ("web.whatsapp.com", 443)
 DIAL_S = 3.0
-FILES_BASE = 128
-FILES_A_SESSION = 8  # of the supervisor; a device process alone needs fewer than FILES_BASE
 NEONIZE = ((0, 5, 2), (0, 6))  # from, and below
 
 
@@ -71,30 +70,23 @@ def _address(url: str) -> tuple[str, int]:
 
 
 def check_open_files(settings: Settings) -> list[Finding]:
-    """The limit of open files fits MAX_SESSIONS."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return [judge_open_files(soft, hard, max_sessions=settings.max_sessions)]
+    """The limit of open files fits MAX_SESSIONS; `run` raises the soft one by itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return [judge_open_files(hard, max_sessions=settings.max_sessions)]
 
 
-def judge_open_files(soft: int, hard: int, *, max_sessions: int) -> Finding:
-    """Limits as getrlimit gives them; -1 is none."""
-    need = FILES_BASE + FILES_A_SESSION * max_sessions
-    if soft == resource.RLIM_INFINITY or soft >= need:
-        return ok("open-files", f"A process may open {_limit(soft)} files; {need} are needed.")
-    how = (
-        f"Start it after: ulimit -n {need}"
-        if hard == resource.RLIM_INFINITY or hard >= need
-        else f"Raise the hard limit, {hard}, too (LimitNOFILE= in systemd), or lower MAX_SESSIONS"
-    )
+def judge_open_files(hard: int, *, max_sessions: int) -> Finding:
+    """The hard limit as getrlimit gives it; -1 is none."""
+    need = open_files_needed(max_sessions)
+    if hard == resource.RLIM_INFINITY:
+        return ok("open-files", f"A process may open any number of files; {need} are needed.")
+    if hard >= need:
+        return ok("open-files", f"A process may open {hard} files; {need} are needed.")
     return problem(
         "open-files",
-        f"A process may open {soft} files; MAX_SESSIONS={max_sessions} needs {need}.",
-        how,
+        f"A process may open {hard} files; MAX_SESSIONS={max_sessions} needs {need}.",
+        "Raise the hard limit (LimitNOFILE= in systemd, ulimit -Hn), or lower MAX_SESSIONS",
     )
-
-
-def _limit(number: int) -> str:
-    return "any number of" if number == resource.RLIM_INFINITY else str(number)
 
 
 def check_ffmpeg(settings: Settings) -> list[Finding]:

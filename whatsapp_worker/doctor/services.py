@@ -17,7 +17,6 @@ from whatsapp_worker.errors import RedisUnavailable
 from whatsapp_worker.settings import Settings, mask
 
 TIMEOUT_S = 3.0
-REDIS_AT_LEAST = (6, 2)  # LMOVE, BLMOVE, XAUTOCLAIM
 NEARLY_FULL = 0.9
 SKEW_WARNING_S = 5.0
 SKEW_PROBLEM_S = 60.0
@@ -107,9 +106,9 @@ def judge_redis(info: Info, *, saves: bool | None) -> list[Finding]:
 
 def _version(version: str) -> Finding:
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers >= REDIS_AT_LEAST:
+    if numbers >= redis_server.AT_LEAST:
         return ok("redis", version)
-    wanted = ".".join(map(str, REDIS_AT_LEAST))
+    wanted = ".".join(map(str, redis_server.AT_LEAST))
     return problem(
         "redis", f"Redis {version} is too old.", f"Use Redis {wanted} or later, or Valkey"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -32,6 +33,7 @@ from whatsapp_worker.sandbox.signal import SignalError
 
 SCAN_WAIT_S = 20.0
 MAX_TEXT = 65_536
+_HALVES = re.compile("[\ud800-\udfff]")  # surrogates: JSON can hold them, UTF-8 cannot
 
 
 class BadRequest(Exception):
@@ -54,7 +56,9 @@ class Fields:
     def text_or_none(self, name: str) -> str | None:
         """A text that may be missing."""
         value = self._values.pop(name, None)
-        if value is not None and (not isinstance(value, str) or len(value) > MAX_TEXT):
+        if value is None:
+            return None
+        if not isinstance(value, str) or len(value) > MAX_TEXT or _HALVES.search(value):
             raise BadRequest(f"{name}: not a text of at most {MAX_TEXT} characters")
         return value
 
@@ -210,6 +214,7 @@ class Api:
     def stall(self, fields: Fields) -> Any:
         phone, seconds = fields.phone_or_none(), fields.number("seconds")
         fields.end()
+        _bounded(self._network.faults.stalls, MAX_RULES)
         self._network.stall(phone, seconds)
         return {}
 

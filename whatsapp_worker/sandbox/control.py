@@ -284,7 +284,8 @@ class Control:
         count: int | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Refuse a client's next question about a number, or so many, or those of so many seconds.
+        """Refuse a client's next question that comes before a message (about a number, or where a
+        file is uploaded to), or so many, or those of so many seconds.
 
         Args:
             phone: Who asks.

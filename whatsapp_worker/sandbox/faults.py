@@ -59,7 +59,8 @@ class Failure(Rule):
 
 @dataclass
 class QueryFault(Rule):
-    """Refuse a question about a number: who is behind it, which devices it has."""
+    """Refuse a question that comes before a message: who is behind a number, which devices it
+    has, where its file is uploaded to."""
 
     code: int = 429
 

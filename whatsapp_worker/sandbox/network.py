@@ -103,7 +103,11 @@ class Network:
         now = time.monotonic()
         link.attempt.phone = phone
         if self.faults.refuses(phone, now):
-            link.reset("refused")
+            # whatsmeow says who hears of an end only after its last word of the handshake. A reset
+            # quicker than any real network's may come first: then no Disconnected follows, and no
+            # further dial.
+            link.attempt.end("refused")
+            self.later(FAREWELL_S, lambda: link.reset("refused"))
             return None
         if self.faults.stalled(phone, now):
             link.stall(True)

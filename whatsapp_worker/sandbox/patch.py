@@ -104,7 +104,14 @@ def _check(environ: Mapping[str, str]) -> None:
 def _exempts_whatsapp(no_proxy: str) -> bool:
     """Whether a NO_PROXY list matches a host that a client asks for, as Go reads such lists."""
     for entry in no_proxy.lower().split(","):
-        name = entry.strip().partition(":")[0].removeprefix("*").removeprefix(".")
+        name = (
+            entry.strip()
+            .lstrip("[")
+            .partition(":")[0]
+            .rstrip("]")
+            .removeprefix("*")
+            .removeprefix(".")
+        )
         if entry.strip() == "*" or (
             name and any(f".{host}".endswith(f".{name}") for host in WHATSAPP_HOSTS)
         ):

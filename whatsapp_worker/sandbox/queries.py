@@ -24,6 +24,9 @@ _ID_BYTES, _KEY_BYTES = 3, 32
 Answer = list[Node]
 
 
+_BEFORE_A_MESSAGE = ("usync", "w:m")  # what a fault of questions hits
+
+
 class Queries:
     """Answers by namespace (`xmlns`)."""
 
@@ -51,7 +54,7 @@ class Queries:
         if answer is None:
             log.debug("sandbox.query_unknown", extra={"xmlns": xmlns, "asked": node})
         children = answer(device, node) if answer else []
-        if xmlns == "usync":
+        if xmlns in _BEFORE_A_MESSAGE:
             fault = self._network.faults.query(device.phone, time.monotonic())
             if fault is not None:
                 return _refusal(node, fault.code, "refused")

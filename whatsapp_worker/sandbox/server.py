@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from whatsapp_worker.errors import AlreadyRunning
 from whatsapp_worker.sandbox import certs
 from whatsapp_worker.sandbox.api import make_app
 from whatsapp_worker.sandbox.binary import Codec
@@ -58,6 +59,7 @@ def serve(
         The exit code: 0.
 
     Raises:
+        AlreadyRunning: Another sandbox holds the state folder.
         ValueError: `host` is not loopback, or the state folder cannot be used.
         OSError: A port asked for is taken.
     """
@@ -70,7 +72,7 @@ def serve(
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         asyncio.run(_serve(state_dir.resolve(), host, proxy_port, control_port, ready))
     except BlockingIOError as error:
-        raise ValueError(f"a sandbox runs on {state_dir} already") from error
+        raise AlreadyRunning(f"a sandbox runs on {state_dir} already") from error
     finally:
         os.close(lock)
     return 0

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from whatsapp_worker import redis_client
 from whatsapp_worker.event_names import Event
-from whatsapp_worker.message_breaker import MessageBreaker
+from whatsapp_worker.stored_breakers import MessageBreaker
+from whatsapp_worker.stream import EventStream
 
 Told = list[tuple[Event, Mapping[str, Any]]]
 
@@ -18,7 +20,13 @@ def make(folder: Path, told: Told | None = None, *, reset_s: float = 60.0) -> Me
     told = [] if told is None else told
     path = folder / "breaker.json"
     return MessageBreaker(
-        path, threshold=2, reset_s=reset_s, tell=lambda event, facts: told.append((event, facts))
+        "message",
+        path,
+        session="s1",
+        threshold=2,
+        reset_s=reset_s,
+        stream=EventStream(redis_client.connect("redis://127.0.0.1:1/0")),  # nobody is there
+        tell=lambda event, facts: told.append((event, facts)),
     )
 
 
