@@ -1,6 +1,5 @@
 """Lost connections, counted where they count: at the server that is dialled."""
 
-import itertools
 import json
 import sqlite3
 import time
@@ -31,6 +30,8 @@ FATES: dict[str, dict[str, Any]] = {
     "dropped": {},
 }
 WATCHED_S = 34.0
+GAP_S = 2.0  # between two attempts at the least; whatsmeow's own second dial comes after 0.3 s
+LATE_S = 1.5  # of a busy machine, and less than what one wait has more than another
 
 
 @dataclass
@@ -63,7 +64,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         for name, phone in phones.items():
             note(found, name, phone)
         eventually(
-            lambda: note(found, "refused", phones["refused"]) or len(series_of(found)) > 5,
+            lambda: (
+                note(found, "refused", phones["refused"])
+                or (len(series_of(found)) > 5 and len(found.tries["refused"]) > 4)
+            ),
             what="the second attempt of the second series",
         )
         found.alerts = alerts_of(ingest)
@@ -129,21 +133,28 @@ def test_the_waits_are_3_6_and_12_seconds_with_no_dial_but_whatsmeows_own_first(
     first, *attempts = series_of(story)
     assert 0 < len(first) <= 2 and first[0] < 2.0  # whatsmeow's own, at once after the loss
     ends = [0.0, *(attempt[-1] for attempt in attempts)]
-    tries = story.tries["refused"]
-    for end, attempt, try_at, wait_s in zip(ends, attempts, tries, (3, 6, 12), strict=False):
-        assert wait_s - 0.1 <= attempt[0] - end, story.dials["refused"]
-        # To load neonize takes its time on a busy machine, which is no part of the wait.
-        assert try_at - end <= wait_s + 0.25 + 0.75, (tries, story.dials["refused"])
+    for number, (end, wait_s) in enumerate(zip(ends, (3, 6, 12), strict=False)):
+        assert wait_s - 0.1 <= attempts[number][0] - end, story.dials["refused"]
+        assert begun(story, number) - end <= wait_s + 0.25 + LATE_S, (story.tries, story.dials)
 
 
 def series_of(story: Story) -> list[list[float]]:
-    """The dials of the refused session: whatsmeow's own first, then one list an attempt: after a
+    """The dials of the refused session, whatsmeow's own first, then one list an attempt: after a
     login that is cut off whatsmeow dials once more by itself, before its process can end."""
-    begun = [0.0, *story.tries["refused"], float("inf")]
-    dials = story.dials["refused"]
-    series = [[at for at in dials if a <= at < b] for a, b in itertools.pairwise(begun)]
+    series: list[list[float]] = []
+    for at in story.dials["refused"]:
+        if series and at - series[-1][-1] < GAP_S:
+            series[-1].append(at)
+        else:
+            series.append([at])
     assert all(len(attempt) <= 2 for attempt in series), series
-    return [attempt for attempt in series if attempt]
+    return series
+
+
+def begun(story: Story, number: int) -> float:
+    """When an attempt began: its dial, or the supervisor's word for it where that came sooner. Each
+    may be late on a busy machine: neonize has to be loaded, and the supervisor's turn to come."""
+    return min(series_of(story)[1 + number][0], story.tries["refused"][number])
 
 
 def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series(
@@ -152,11 +163,12 @@ def test_after_three_attempts_it_failed_and_the_cool_down_begins_the_next_series
     words = story.states["refused"]
     assert [word for word, _ in words[:7]] == ["reconnecting", "connecting"] * 3 + ["failed"]
     _, _, second, third, fourth, fifth = series_of(story)[:6]
-    fourth_try, fifth_try = story.tries["refused"][3:5]
     assert third[0] - second[-1] > 11
-    assert fourth[0] - third[-1] >= 4 - 0.1 and fourth_try - third[-1] <= 4.4 + 1.0
+    assert fourth[0] - third[-1] >= 4 - 0.1
+    assert begun(story, 3) - third[-1] <= 4.4 + LATE_S
     # The cool-down stood in the place of the first wait: 6 s come next.
-    assert fifth[0] - fourth[-1] >= 6 - 0.1 and fifth_try - fourth[-1] <= 7.0
+    assert fifth[0] - fourth[-1] >= 6 - 0.1
+    assert begun(story, 4) - fourth[-1] <= 6.25 + LATE_S
 
 
 @pytest.mark.parametrize(
