@@ -117,11 +117,11 @@ class Keeper:
         failed = 0
         alive: set[str] = set()
         for queue in self._waiting_queues():
-            error = self._verdict(queue)
-            if error is None:
-                alive.add(_session(queue))
-            elif failed < JOBS_A_SWEEP and not self._leave.is_set():
-                with self._excused(queue):
+            with self._excused(queue):
+                error = self._verdict(queue)
+                if error is None:
+                    alive.add(_session(queue))
+                elif failed < JOBS_A_SWEEP and not self._leave.is_set():
                     failed += self._fail(queue, error, JOBS_A_SWEEP - failed)
         self._waiting.forget_all_but(alive)
         self._tend(alive, JOBS_A_SWEEP - failed)
@@ -154,11 +154,14 @@ class Keeper:
         try:
             yield
             self._untended.discard(name)
-        except (StorageError, ResponseError) as error:
+        except Exception as error:
+            if isinstance(error, RedisError) and not isinstance(error, ResponseError):
+                raise
             if name not in self._untended:
                 log.warning(
                     "queue.not_tended",
                     extra={"session": _session(name) or name, "problem": str(error)},
+                    exc_info=not isinstance(error, StorageError | ResponseError),  # a bug
                 )
             self._untended.add(name)
             if isinstance(error, StorageError) and error.transient:
@@ -192,7 +195,9 @@ class Keeper:
     def _waiting_queues(self) -> list[str]:
         """Our queues that hold something, popped jobs included."""
         prefix = Queue.redis_queue_namespace_prefix
-        keys = [key.decode() for key in self._redis.smembers(Queue.redis_queues_keys)]  # type: ignore[union-attr]
+        # A name that is not UTF-8 is none of ours; as it is read here it names no key.
+        found = self._redis.smembers(Queue.redis_queues_keys)
+        keys = [key.decode(errors="replace") for key in found]  # type: ignore[union-attr]
         names = sorted(key.removeprefix(prefix) for key in keys)
         names = [name for name in names if name.startswith(OUTBOUND_PREFIX)]
         pipeline = self._redis.pipeline(transaction=False)

@@ -742,7 +742,7 @@ def _fail_all(
     # What a device process had in hand when it died may have been sent.
     unknown = Outcome(Status.UNKNOWN, error=f"{error} before WhatsApp's answer came")
     left = [job for job in outbox.limbo() if job.status == "started"]
-    outbox.exchange([Finished(job, job.outcome or unknown) for job in left], pop=False)
+    outbox.exchange([Finished(job, _noted(job) or unknown) for job in left], pop=False)
     outbox.resync()
     outbox.survey(until=float("inf"))
     count = 0
@@ -753,6 +753,15 @@ def _fail_all(
             on_poisoned(job.id if job.is_named else "", job.poison)
         outbox.exchange([Finished(job, failed)], pop=count < limit)
     return count
+
+
+def _noted(job: Job) -> Outcome | None:
+    """How the message ended, as the process noted that had it in hand; not what a CRM wrote there,
+    which has no time of a claim."""
+    noted = job.outcome
+    if noted is None or noted.status in (Status.QUEUED, Status.SENDING):
+        return None
+    return noted if isinstance(noted.claimed_at, float) else None
 
 
 def failed_jobs(redis: Redis, job_ids: Sequence[str]) -> set[str]:

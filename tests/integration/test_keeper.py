@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -13,6 +14,7 @@ from support import RedisServer, eventually
 from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import keeper as keeper_module
+from whatsapp_worker import outbox
 from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.stream import EventStream
 
@@ -128,6 +130,62 @@ def test_a_queue_that_is_no_list_costs_the_others_nothing(
     assert ended(redis, late)[1] == "it was cancelled"
     told = [record.message for record in caplog.records]
     assert told.count("queue.not_tended") == 3, "once each"
+
+
+def test_a_queue_name_that_is_no_text_costs_the_others_nothing(
+    redis: Redis, keeper: Keeper
+) -> None:
+    redis.sadd("rq:queues", b"rq:queue:caf\xe9", b"rq:queue:wa:out:caf\xe9", b"\xff")
+    redis.lpush(b"rq:queue:wa:out:caf\xe9", "a-job")
+    job = enqueue(redis, "nobody")
+    assert keeper.sweep() == 1
+    assert ended(redis, job) == ("failed", "unknown session")
+
+
+def test_a_bug_that_one_queue_meets_costs_the_others_nothing_and_is_told_once(
+    redis: Redis,
+    sessions: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fail_queue = outbox.fail_queue
+
+    def fail(redis: Redis, queue: str, *args: Any, **kwargs: Any) -> int:
+        if queue == "wa:out:aaa-unknown":
+            raise ValueError("a bug")
+        return fail_queue(redis, queue, *args, **kwargs)
+
+    monkeypatch.setattr(outbox, "fail_queue", fail)
+    enqueue(redis, "aaa-unknown")
+    unknown = enqueue(redis, "zzz-unknown")
+    keeper = keeper_of(redis, sessions)
+    for _ in range(3):
+        keeper.sweep()
+    assert ended(redis, unknown) == ("failed", "unknown session")
+    [told] = [record for record in caplog.records if record.message == "queue.not_tended"]
+    assert told.exc_info, "where it is"
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        {"status": "queued"},
+        {"status": "sending", "claimed_at": 1.0},
+        {"status": "failed"},
+        {"status": "sent", "claimed_at": "yesterday"},
+    ],
+)
+def test_what_a_crm_wrote_in_the_place_of_an_outcome_is_none(
+    redis: Redis, keeper: Keeper, noted: dict[str, Any]
+) -> None:
+    job, unknown = enqueue(redis, "gone"), enqueue(redis, "nobody")
+    job.meta["outcome"] = noted
+    job.save_meta()
+    redis.lmove("rq:queue:wa:out:gone", "rq:queue:wa:out:gone:intermediate")
+    job.set_status(JobStatus.STARTED)
+    keeper.sweep()
+    assert Job.fetch(job.id, redis, JSONSerializer).meta["outcome"]["status"] == "unknown"
+    assert ended(redis, unknown) == ("failed", "unknown session")
 
 
 def test_a_long_queue_does_not_keep_the_keeper_from_the_others(
