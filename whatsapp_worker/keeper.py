@@ -42,6 +42,7 @@ class Keeper:
         consumed: Callable[[], Set[str]],
         result_ttl_s: float,
         ledger_of: Callable[[str], Ledger],
+        ledgers_are_one: bool = False,
         timetable: Callable[[], object] = lambda: None,
         on_fill: Callable[[float, str | None], None] = lambda full, slowest_group: None,
         on_poisoned: Callable[[str, str, str], None] = lambda session, job_id, problem: None,
@@ -53,6 +54,7 @@ class Keeper:
             consumed: The sessions that have a device process now; their queues are left alone.
             result_ttl_s: `RESULT_TTL_S`.
             ledger_of: Opens a session's ledger.
+            ledgers_are_one: All lie in one database: where one is away, all are.
             timetable: Enqueues what is due by the clock; asked at every sweep.
             on_fill: Told now and then how full the stream is: `Alarm.stream_is`.
             on_poisoned: Told of jobs that nobody can read: `Alarm.job_poisoned`.
@@ -70,7 +72,9 @@ class Keeper:
             stream=stream,
             sessions=sessions,
             ledger_of=ledger_of,
+            ledgers_are_one=ledgers_are_one,
             result_ttl_s=result_ttl_s,
+            is_leaving=lambda: self._leave.is_set(),
         )
         self._on_fill = on_fill
         self._on_poisoned = on_poisoned

@@ -60,6 +60,7 @@ REDIS_RETRY_S = 1.0
 SPAWN_RETRY_S = 1.0
 UNREADABLE_RETRY_S = 5.0
 LEFTOVER_TIMEOUT_S = 4.0
+LEDGER_TIMEOUT_S = 5.0  # one call
 LAST_WORDS_S = 1.0  # for what is flushed at the very end of a shutdown
 
 
@@ -167,6 +168,7 @@ class Supervisor:
             consumed=lambda: self._consumed,
             result_ttl_s=settings.result_ttl_s,
             ledger_of=self._ledger_of,
+            ledgers_are_one=settings.database_url is not None,
             timetable=lambda: maintenance.enqueue_purge(redis, settings, now=time.time()),
             on_fill=self._alarm.stream_is,
             on_poisoned=self._alarm.job_poisoned,
@@ -179,7 +181,10 @@ class Supervisor:
 
     def _ledger_of(self, session: str) -> Ledger:
         folder = self.settings.data_dir / "sessions" / session
-        return Ledger.open(self.settings.database_url or folder / "ledger.db", session)
+        where = self.settings.database_url or folder / "ledger.db"
+        # Opening makes two calls, and no signal ends one: a stop is heeded in time all the same.
+        timeout_s = min(LEDGER_TIMEOUT_S, self.settings.shutdown_timeout_s / 3)
+        return Ledger.open(where, session, timeout_s=timeout_s)
 
     def _stream(self) -> EventStream:
         return EventStream(redis_client.connect(self._url), events_max=self.settings.events_max)

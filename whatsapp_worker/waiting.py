@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from redis import Redis
+from redis import Redis, ResponseError
 
-from storage.errors import StorageError
+from storage.errors import LedgerUnavailable, StorageError
 from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import cancelling, recovery
@@ -46,6 +46,7 @@ _OVER = frozenset(
         *(State.BANNED, State.OUTDATED, State.STOPPED),
     }
 )
+_LEAVING = "the supervisor is stopping: nothing was cancelled; ask again"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9-]{1,64}\Z")
 
 
@@ -98,18 +99,24 @@ class Waiting:
         sessions: Sessions,
         ledger_of: Callable[[str], Ledger],
         result_ttl_s: float,
+        ledgers_are_one: bool = False,
+        is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             redis: Not shared with another thread.
             ledger_of: Opens a session's ledger.
             result_ttl_s: `RESULT_TTL_S`.
+            ledgers_are_one: All lie in one database.
+            is_leaving: Whether to begin nothing that may take long.
         """
         self._redis: Any = redis
         self._stream = stream
         self._sessions = sessions
         self._ledger_of = ledger_of
         self._result_ttl_s = result_ttl_s
+        self._ledgers_are_one = ledgers_are_one
+        self._is_leaving = is_leaving
         self._watches: dict[str, _Watch] = defaultdict(_Watch)
 
     def tend(self, session: str, *, is_consumed: bool, limit: int) -> int:
@@ -193,22 +200,24 @@ class Waiting:
             except UsageError as error:
                 refused[id] = {"error": str(error)}
         self._answer(refused)
-        for session, requests in asked.items():
-            try:
-                answers = self._cancel(session, requests)
-            except StorageError as error:
-                answers = {id: {"error": str(error)} for id in requests}
-            self._answer(answers)
+        with contextlib.closing(_Ledgers(self._ledger_of, self._ledgers_are_one)) as ledgers:
+            for session, requests in asked.items():
+                try:
+                    answers = self._cancel(session, requests, ledgers)
+                except (StorageError, ResponseError) as error:
+                    answers = {id: {"error": str(error)} for id in requests}
+                self._answer(answers)
         return len(raw_requests)
 
-    def _cancel(self, session: str, requests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    def _cancel(
+        self, session: str, requests: Mapping[str, str], ledgers: "_Ledgers"
+    ) -> dict[str, dict[str, Any]]:
         if self._sessions.wanted(session) is None:
             return {id: {"outcome": None} for id in requests}
+        if self._is_leaving():
+            return {id: {"error": _LEAVING} for id in requests}
         key = self._sessions.install_key()
-        with (
-            self._outbox(session) as outbox,
-            contextlib.closing(self._ledger_of(session)) as ledger,
-        ):
+        with self._outbox(session) as outbox, ledgers.of(session) as ledger:
             wanted = frozenset(requests.values())
             found = cancelling.cancel(wanted, outbox=outbox, ledger=ledger, install_key=key)
         told = {id: outcome and outcome.as_dict() for id, outcome in found.items()}
@@ -228,6 +237,37 @@ class Waiting:
             yield outbox
         finally:
             outbox.close()
+
+
+class _Ledgers:
+    """Of one reading of the requests. Where they are one database it is connected to once, and
+    waited for once when it is away."""
+
+    def __init__(self, ledger_of: Callable[[str], Ledger], are_one: bool) -> None:
+        self._ledger_of = ledger_of
+        self._are_one = are_one
+        self._shared: Ledger | None = None
+        self._away: LedgerUnavailable | None = None
+
+    @contextlib.contextmanager
+    def of(self, session: str) -> Iterator[Ledger]:
+        if self._away is not None:
+            raise self._away
+        try:
+            if not self._are_one:
+                with contextlib.closing(self._ledger_of(session)) as ledger:
+                    yield ledger
+                return
+            if self._shared is None:
+                self._shared = self._ledger_of(session)
+            yield self._shared.of(session)
+        except LedgerUnavailable as error:
+            self._away = error if self._are_one else None
+            raise
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
 
 
 def _read(raw: bytes) -> tuple[str, dict[str, Any]] | None:

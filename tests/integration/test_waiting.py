@@ -4,11 +4,13 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import postgres
 import pytest
 from redis import Redis
 from rq import Queue
@@ -37,7 +39,14 @@ TO = "+5511999990001"
 class Host:
     """A data folder with one session, and the keeper of its queues."""
 
-    def __init__(self, redis: Redis, folder: Path) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        folder: Path,
+        *,
+        ledgers_are_one: bool = False,
+        ledger_of: Callable[[str], Ledger] | None = None,
+    ) -> None:
         self.redis = redis
         self.consumed: set[str] = set()
         self.sessions = Sessions(folder)
@@ -50,15 +59,16 @@ class Host:
             sessions=self.sessions,
             consumed=lambda: self.consumed,
             result_ttl_s=600,
-            ledger_of=self.ledger,
+            ledger_of=ledger_of or self.ledger,
+            ledgers_are_one=ledgers_are_one,
         )
 
     def ledger(self, session: str = "sales") -> Ledger:
         return Ledger.open(self.sessions.folder(session) / "ledger.db", session)
 
-    def send(self, message_id: str, **options: Any) -> Job:
+    def send(self, message_id: str, *, to: str = "sales", **options: Any) -> Job:
         draft = client.text(TO, f"text of {message_id}", message_id=message_id, **options)
-        return self.out.send("sales", draft)
+        return self.out.send(to, draft)
 
     def status(self, job: Job) -> str:
         return str(self.out.outcome(job).status)
@@ -304,6 +314,103 @@ def test_a_database_that_is_away_is_said_to_the_crm(
     monkeypatch.setattr(Ledger, "record", away)
     with host.answering(), pytest.raises(Unanswered, match="away"):
         host.out.cancel("sales", "m1")
+
+
+def test_one_database_that_is_away_costs_all_who_ask_one_wait(redis: Redis, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def away(session: str) -> Ledger:
+        asked.append(session)
+        raise LedgerUnavailable("away")
+
+    host = Host(redis, tmp_path, ledgers_are_one=True, ledger_of=away)
+    _ask_for_all(host)
+    assert host.keeper.answer_requests() == 4
+    answers = [json.loads(redis.lpop(f"wa:cancel:q{n}") or b"") for n in range(4)]
+    assert answers == [{"error": "away"}] * 3 + [{"outcome": None}]
+    assert len(asked) == 1
+    _ask_for_all(host)
+    host.keeper.answer_requests()
+    assert len(asked) == 2, "the next who ask find out anew"
+
+
+def test_one_database_is_connected_to_once_for_all_who_ask(
+    redis: Redis, tmp_path: Path, postgres_url: str
+) -> None:
+    opened: list[str] = []
+    with postgres.fresh_schema(postgres_url, f"test_{uuid.uuid4().hex}") as url:
+
+        def ledger_of(session: str) -> Ledger:
+            opened.append(session)
+            return Ledger.open(url, session)
+
+        host = Host(redis, tmp_path, ledgers_are_one=True, ledger_of=ledger_of)
+        _ask_for_all(host)
+        jobs = [host.send("m1", to=session) for session in ("sales", "s1")]
+        host.keeper.answer_requests()
+        assert [host.status(job) for job in jobs] == ["cancelled"] * 2
+        for session in ("sales", "s1"):
+            with contextlib.closing(Ledger.open(url, session)) as ledger:
+                row = ledger.find("m1")
+            assert row is not None and row.status == "cancelled", "each in its own"
+    answers = [json.loads(redis.lpop(f"wa:cancel:q{n}") or b"")["outcome"] for n in range(4)]
+    assert [answer and answer["status"] for answer in answers] == ["cancelled"] * 2 + [None] * 2
+    assert opened == ["sales"]
+
+
+def test_a_queue_that_is_no_list_costs_no_other_session_its_answer(host: Host) -> None:
+    _ask_for_all(host)
+    host.redis.set("rq:queue:wa:out:sales", "nonsense")
+    job = host.send("m1", to="s1")
+    host.keeper.answer_requests()
+    answers = [json.loads(host.redis.lpop(f"wa:cancel:q{n}") or b"") for n in range(4)]
+    assert "WRONGTYPE" in answers[0]["error"]
+    assert answers[1]["outcome"]["status"] == host.status(job) == "cancelled"
+
+
+def test_a_damaged_ledger_is_not_every_sessions(host: Host) -> None:
+    folder = host.sessions.folder("sales")
+    host.ledger().close()
+    (folder / "ledger.db").write_bytes(b"nonsense" * 1000)
+    _ask_for_all(host)
+    host.keeper.answer_requests()
+    answers = [json.loads(host.redis.lpop(f"wa:cancel:q{n}") or b"") for n in range(4)]
+    assert "error" in answers[0] and answers[1:] == [{"outcome": None}] * 3
+
+
+def test_a_keeper_that_is_to_leave_opens_no_more_ledgers_and_answers_all_the_same(
+    redis: Redis, tmp_path: Path
+) -> None:
+    is_asked, may_fail = threading.Event(), threading.Event()
+    asked: list[str] = []
+
+    def slow(session: str) -> Ledger:
+        asked.append(session)
+        is_asked.set()
+        may_fail.wait(60)
+        raise LedgerUnavailable("away")
+
+    host = Host(redis, tmp_path, ledger_of=slow)
+    _ask_for_all(host)
+    host.keeper.start()
+    assert is_asked.wait(60)
+    assert not host.keeper.stop(timeout_s=0)
+    may_fail.set()
+    assert host.keeper.stop(timeout_s=60)
+    answers = [json.loads(host.redis.lpop(f"wa:cancel:q{n}") or b"") for n in range(4)]
+    assert answers[0] == {"error": "away"}
+    assert all("nothing was cancelled" in answer["error"] for answer in answers[1:3])
+    assert answers[3] == {"outcome": None}
+    assert asked == ["sales"]
+
+
+def _ask_for_all(host: Host) -> None:
+    """Requests for four sessions, the last of which there is not."""
+    for n, session in enumerate(("sales", "s1", "s2", "nobody")):
+        if session.startswith("s") and host.sessions.wanted(session) is None:
+            host.sessions.create(session, network="sandbox", now=1.0)
+        request = {"id": f"q{n}", "session": session, "message_id": "m1"}
+        host.redis.rpush("wa:cancel", json.dumps(request))
 
 
 @pytest.mark.parametrize(
