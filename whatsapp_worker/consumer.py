@@ -55,7 +55,7 @@ from whatsapp_worker.keys import message_secret, number_hash
 from whatsapp_worker.message import Outgoing
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.pacer import LIMITED, Pacer, pace_of
-from whatsapp_worker.rq_job import Job, Outcome
+from whatsapp_worker.rq_job import RESTING, Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stored_breakers import DATABASE_AWAY, PAUSED, SENDS_FAILED, Breakers
@@ -695,7 +695,7 @@ class Consumer:
         if isinstance(trouble, Exception):
             raise trouble
         if kind is Kind.TRANSIENT:
-            passing = Outcome(Status.FAILED, error=recovery.RESTING, claimed_at=claim.now)
+            passing = Outcome(Status.FAILED, error=RESTING, claimed_at=claim.now)
             self._outbox.note(job, passing)
             raise _Again
         self._outbox.note(job, outcome)

@@ -41,6 +41,7 @@ from whatsapp_worker.keys import (
 )
 from whatsapp_worker.rq_job import (
     MAX_HASH,
+    RESTING,
     Job,
     JobRefused,
     Outcome,
@@ -757,9 +758,9 @@ def _fail_all(
 
 def _noted(job: Job) -> Outcome | None:
     """How the message ended, as the process noted that had it in hand; not what a CRM wrote there,
-    which has no time of a claim."""
+    which has no time of a claim, nor the refusal of an attempt that another may have followed."""
     noted = job.outcome
-    if noted is None or noted.status in (Status.QUEUED, Status.SENDING):
+    if noted is None or noted.status in (Status.QUEUED, Status.SENDING) or noted.error == RESTING:
         return None
     return noted if isinstance(noted.claimed_at, float) else None
 

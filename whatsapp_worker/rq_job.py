@@ -25,6 +25,8 @@ from whatsapp_worker.message import Outgoing, readable_metadata, validate
 MAX_PAYLOAD = 1_048_576  # bytes of `data`, inflated
 MAX_META = 65_536  # bytes
 MAX_HASH = 4 * MAX_PAYLOAD  # bytes of all fields together
+# What is noted in a job's meta of an attempt that is to be followed by another.
+RESTING = "WhatsApp refused it for the moment; it is sent again after a rest"
 ALLOWED = {SEND_MESSAGE: validate}  # the only functions that a job may name
 
 _DATES = ("created_at", "enqueued_at", "started_at", "ended_at", "last_heartbeat")

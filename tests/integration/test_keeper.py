@@ -15,7 +15,9 @@ from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import keeper as keeper_module
 from whatsapp_worker import outbox
+from whatsapp_worker.event_names import Status
 from whatsapp_worker.keeper import Keeper
+from whatsapp_worker.rq_job import RESTING, Outcome
 from whatsapp_worker.stream import EventStream
 
 
@@ -186,6 +188,21 @@ def test_what_a_crm_wrote_in_the_place_of_an_outcome_is_none(
     keeper.sweep()
     assert Job.fetch(job.id, redis, JSONSerializer).meta["outcome"]["status"] == "unknown"
     assert ended(redis, unknown) == ("failed", "unknown session")
+
+
+def test_the_refusal_of_an_attempt_that_another_followed_is_no_outcome(
+    redis: Redis, keeper: Keeper
+) -> None:
+    refused = Outcome(Status.FAILED, error=RESTING, claimed_at=1.0)
+    job = enqueue(redis, "gone")
+    job.meta["outcome"] = refused.as_dict()
+    job.save_meta()
+    redis.lmove("rq:queue:wa:out:gone", "rq:queue:wa:out:gone:intermediate")
+    job.set_status(JobStatus.STARTED)
+    keeper.sweep()
+    outcome = Job.fetch(job.id, redis, JSONSerializer).meta["outcome"]
+    assert outcome["status"] == "unknown"
+    assert outcome["error"] == "session deleted before WhatsApp's answer came"
 
 
 def test_a_long_queue_does_not_keep_the_keeper_from_the_others(
