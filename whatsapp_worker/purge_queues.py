@@ -112,7 +112,7 @@ class PurgeQueues:
     def _outbound_queues(self) -> list[str]:
         prefix = Queue.redis_queue_namespace_prefix
         keys = self._redis.smembers(Queue.redis_queues_keys)
-        names = (key.decode().removeprefix(prefix) for key in keys)
+        names = (key.decode(errors="replace").removeprefix(prefix) for key in keys)
         return sorted(name for name in names if name.startswith(OUTBOUND_PREFIX))
 
     def _expire(self, queue: str) -> None:

@@ -370,6 +370,16 @@ def test_a_queue_that_is_no_list_costs_the_others_nothing(
     assert job.get_status(refresh=True) == "failed"
 
 
+def test_a_queue_name_that_is_no_text_costs_the_others_nothing(
+    config: Settings, sessions: Sessions, redis: "Redis"
+) -> None:
+    redis.sadd("rq:queues", b"rq:queue:caf\xe9", b"rq:queue:wa:out:caf\xe9")
+    job = enqueue(redis, "nobody")
+    report = purge(config)
+    assert report.purged["jobs"] == 1 and report.is_complete
+    assert job.get_status(refresh=True) == "failed"
+
+
 def test_many_queues_are_emptied_over_few_connections(
     config: Settings, sessions: Sessions, redis: "Redis"
 ) -> None:
