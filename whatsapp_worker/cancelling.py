@@ -19,7 +19,8 @@ CANCELLED = "it was cancelled"
 def cancel(
     message_ids: Set[str], *, outbox: Outbox, ledger: Ledger, install_key: bytes
 ) -> Mapping[str, Outcome | None]:
-    """Cancel by message id; from any process, whether the session runs or not.
+    """Cancel by message id; from any process, whether the session runs or not. Every job of an
+    id that waits now is ended; one enqueued later may be sent.
 
     Args:
         outbox: The session's queues, on a connection of the caller's.
@@ -33,7 +34,7 @@ def cancel(
     Raises:
         RedisError, StorageError: As their calls do; call it again.
     """
-    jobs = list(outbox.find(message_ids).values())
+    jobs = outbox.find(message_ids)
     end(jobs, Status.CANCELLED, CANCELLED, outbox=outbox, ledger=ledger, install_key=install_key)
     rows = {id: ledger.find(id) for id in message_ids}
     return {id: None if row is None else outcome(row) for id, row in rows.items()}

@@ -20,7 +20,7 @@ import select
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ from whatsapp_worker.rq_job import (
     Outcome,
     decode,
     fresh_fields,
+    message_id_of,
     rq_time,
     settled_fields,
 )
@@ -84,6 +85,16 @@ end
 """
 # KEYS: limbo list. ARGV: prefix of job keys, id.
 _LOAD = _READ + "return read(ARGV[2], KEYS[1])"
+# ARGV: prefix of job keys, ids. The arguments alone, packed, for who looks for a message.
+_ARGUMENTS = f"""
+local found = {{}}
+for i = 2, #ARGV do
+  local size = redis.pcall('HSTRLEN', ARGV[1] .. ARGV[i], 'data')
+  local is_ours = type(size) == 'number' and size <= {MAX_HASH}
+  found[i - 1] = is_ours and redis.call('HGET', ARGV[1] .. ARGV[i], 'data')
+end
+return found
+"""
 # KEYS: queue and limbo list of each lane. ARGV: prefix of job keys.
 _POP = (
     _READ
@@ -481,27 +492,22 @@ class Outbox:
         """RQ's names, the first to be taken first."""
         return [lane.name for lane in self._lanes]
 
-    def find(self, message_ids: Set[str]) -> dict[str, Job]:
-        """The first job of each of these messages that is not settled. Reads all that waits."""
-        found: dict[str, Job] = {}
+    def find(self, message_ids: Set[str]) -> list[Job]:
+        """Every job of these messages that is not settled. Reads a little of all that waits."""
+        found: list[Job] = []
         for lane in self._lanes:
-            for ids in self._pages(lane):
-                for job in self._load_all(lane, ids):
-                    if job.order is not None and job.order.message_id in message_ids:
-                        found.setdefault(job.order.message_id, job)
-                if len(found) == len(message_ids):
-                    return found
+            waiting = self.waiting(lane.name)
+            for start in range(0, len(waiting), _PAGE):
+                ids = self._naming(message_ids, waiting[start : start + _PAGE])
+                jobs = self._load_all(lane, ids)
+                found += [job for job in jobs if job.order and job.message_id in message_ids]
         return found
 
-    def _pages(self, lane: _Lane) -> Iterator[Sequence[bytes]]:
-        start = 0
-        while ids := self._redis.lrange(lane.queue, start, start + _PAGE - 1):
-            yield ids
-            start += len(ids)
-        later = self._redis.zrange(lane.scheduled, 0, -1)
-        yield from (later[n : n + _PAGE] for n in range(0, len(later), _PAGE))
-        # Last: what was popped meanwhile is found here.
-        yield self._redis.lrange(lane.limbo, 0, _PAGE - 1)
+    def _naming(self, message_ids: Set[str], raw_ids: Sequence[bytes]) -> list[bytes]:
+        """Those of the jobs whose arguments name one of these messages."""
+        [found] = self._wire.ask(("EVAL", _ARGUMENTS, 0, _job_key(""), *raw_ids))
+        named = zip(raw_ids, found, strict=True)
+        return [id for id, data in named if data and message_id_of(data) in message_ids]
 
     def places(self, queue: str, *places: int) -> list[bytes | None]:
         """The ids at these places of a queue, 0 the head; None where there is none."""

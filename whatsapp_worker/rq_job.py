@@ -173,6 +173,14 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
     )
 
 
+def message_id_of(data: bytes) -> str | None:
+    """The message that packed arguments name, whether they could be sent or not."""
+    try:
+        return _text(_read_kwargs(data).get("message_id"))
+    except WorkerError:
+        return None
+
+
 def _read_record(fields: Mapping[str, bytes]) -> tuple[dict[str, str], WorkerError | None]:
     """The fields that RQ itself can read, and what is wrong with the others."""
     kept: dict[str, str] = {}

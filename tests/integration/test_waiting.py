@@ -30,7 +30,7 @@ from whatsapp_worker.keeper import Keeper
 from whatsapp_worker.message import validate
 from whatsapp_worker.outbox import Finished
 from whatsapp_worker.outbox import Outbox as OutboxOf
-from whatsapp_worker.rq_job import Outcome
+from whatsapp_worker.rq_job import MAX_HASH, Outcome
 from whatsapp_worker.stream import EventStream
 
 TO = "+5511999990001"
@@ -285,6 +285,62 @@ def test_a_crm_cancels_by_message_id_and_is_told_what_became_of_it(host: Host) -
         assert host.out.cancel("nobody", "m0") is None
     assert [host.status(job) for job in jobs] == ["queued", "cancelled", "queued"]
     assert host.redis.keys("wa:cancel*") == []
+
+
+def test_what_a_crm_enqueued_again_because_redis_failed_is_cancelled_as_one(host: Host) -> None:
+    drafts = [client.text(TO, "x", message_id=f"m{n}") for n in range(3)]
+    jobs = [*host.out.send_many("sales", drafts), *host.out.send_many("sales", drafts)]
+    with host.answering():
+        assert host.out.cancel("sales", "m1").status == "cancelled"  # type: ignore[union-attr]
+    assert [host.status(job) for job in jobs] == ["queued", "cancelled", "queued"] * 2
+
+
+def pops(redis: Redis) -> None:
+    """As a consumer does that sends quickly."""
+    for _ in range(10):
+        id = redis.lpop("rq:queue:wa:out:sales")
+        assert isinstance(id, bytes)
+        redis.hset(f"rq:job:{id.decode()}", "status", "finished")
+
+
+def puts_back(redis: Redis) -> None:
+    """As a consumer does that has to rest."""
+    limbo = "rq:queue:wa:out:sales:intermediate"
+    redis.lmove(limbo, "rq:queue:wa:out:sales", "RIGHT", "LEFT")
+
+
+@pytest.mark.parametrize("moves", [pops, puts_back])
+def test_what_waits_is_found_though_the_queue_moves_meanwhile(
+    host: Host, moves: Callable[[Redis], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"m{n}" for n in range(1000)]
+    host.out.send_many("sales", [client.text(TO, "x", message_id=id) for id in ids])
+    host.redis.lmove("rq:queue:wa:out:sales", "rq:queue:wa:out:sales:intermediate", "LEFT", "RIGHT")
+    outbox = OutboxOf(host.redis, "sales", stream=EventStream(host.redis), result_ttl_s=60)
+    ask = outbox._wire.ask
+
+    def moving(*commands: Any) -> Any:
+        answers = ask(*commands)
+        moves(host.redis)
+        return answers
+
+    monkeypatch.setattr(outbox._wire, "ask", moving)
+    found = outbox.find({*ids[500:], "m0", "nobody"})
+    assert {job.message_id for job in found} == {*ids[500:], "m0"}
+    outbox.close()
+
+
+def test_a_record_that_is_no_job_is_passed_over_when_a_message_is_looked_for(host: Host) -> None:
+    wrong = {"bare": b"", "large": b"x" * (MAX_HASH + 1), "other": b'["f",null,[],{}]'}
+    for id, data in wrong.items():
+        host.redis.hset(f"rq:job:{id}", mapping={"status": "queued", "data": data})
+    host.redis.set("rq:job:text", "nonsense")
+    host.redis.rpush("rq:queue:wa:out:sales", *wrong, "text", "gone", "\x00 no id")
+    job = host.send("m1")
+    with host.answering():
+        assert host.out.cancel("sales", "m1").status == "cancelled"  # type: ignore[union-attr]
+    assert host.status(job) == "cancelled"
+    assert host.redis.llen("rq:queue:wa:out:sales") == 6
 
 
 def test_a_crm_that_is_too_late_is_told_so(host: Host) -> None:
