@@ -237,7 +237,8 @@ class Ledger:
             if transaction.execute(_INSERT_CLAIM, self._claim_values(claim, first)):
                 return Claimed(1, first)
             row = self._lock(transaction, claim.message_id)
-            answer = _judge(row, claim)
+            former = _attempts(transaction.fetch(_ATTEMPTS, self._key(claim.message_id)))
+            answer = _judge(row, claim, former)
             if answer is not None:
                 return answer
             claimed = Claimed(row.attempt + 1, secret(row.attempt + 1))
@@ -558,12 +559,16 @@ def honest(settlement: Settlement, doubtful: Attempt | None) -> Settlement:
     return replace(settlement, status="unknown", wa_message_id=id, error=error)
 
 
-def _judge(row: Row, claim: Claim) -> Answer | None:
+def _judge(row: Row, claim: Claim, former: list[Attempt]) -> Answer | None:
     """What a claim of a known message id gets; None when the message may be claimed again."""
     if row.status in REOPENABLE:
-        # A cancelled job that was put back at the head is not revived; a new job may be.
-        is_cancelled = row.status == "cancelled" and row.job_id == claim.job_id
-        return Settled(row) if is_cancelled else None
+        # A job that was cancelled is not revived, whatever became of other jobs of its message; it
+        # may be in hand or back at the head. A new job may be sent.
+        known: list[Row | Attempt] = [row, *former]
+        for each in known:
+            if each.status == "cancelled" and each.job_id == claim.job_id:
+                return Settled(row._replace(**each._asdict()))
+        return None
     if row.content_hash != claim.content_hash:
         return Conflict(row)
     if row.status == "unknown" and claim.resend:

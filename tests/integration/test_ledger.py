@@ -134,6 +134,24 @@ def test_a_cancelled_job_put_back_at_the_head_is_not_revived(ledger: Ledger) -> 
     assert isinstance(ledger.claim(a_claim(job="j2"), secret=secret), Claimed)
 
 
+def test_of_all_jobs_of_a_cancelled_message_none_is_revived_but_a_new_one_is_sent(
+    ledger: Ledger,
+) -> None:
+    jobs = ("j1", "j2", "j3")
+    ledger.record([(a_claim(job=job), Settlement("m1", "cancelled", at=2.0)) for job in jobs])
+    for job in jobs:
+        answer = ledger.claim(a_claim(job=job, now=3.0), secret=secret)
+        assert isinstance(answer, Settled)
+        assert (answer.row.status, answer.row.job_id) == ("cancelled", job)
+    assert isinstance(ledger.claim(a_claim(job="new", now=4.0), secret=secret), Claimed)
+    ledger.settle(Settlement("m1", "failed", at=5.0))
+    for job in jobs:
+        answer = ledger.claim(a_claim(job=job, now=6.0), secret=secret)
+        assert isinstance(answer, Settled)
+        assert answer.row.status == "cancelled"
+    assert isinstance(ledger.claim(a_claim(job="newer", now=7.0), secret=secret), Claimed)
+
+
 def test_an_unknown_message_is_claimed_again_only_where_the_crm_asked_for_it(
     ledger: Ledger,
 ) -> None:

@@ -26,7 +26,7 @@ from sending import (
     queue_of,
     settled,
 )
-from support import RedisServer, eventually, locked
+from support import RedisServer, events, eventually, locked
 
 from storage.errors import LedgerUnavailable
 from storage.hold import Hold
@@ -518,6 +518,34 @@ def test_a_waiting_message_is_cancelled_by_its_id_and_never_sent(
     parts.close()
 
 
+@pytest.mark.parametrize("is_popped", [False, True], ids=["waiting", "popped"])
+def test_a_message_that_waits_more_than_once_is_cancelled_and_never_sent(
+    redis: Redis, url: str, tmp_path: Path, is_popped: bool
+) -> None:
+    jobs = ["job-m0", "again", "urgent", "later"]
+    enqueue(redis, "m0")
+    enqueue(redis, "m0", job_id="again")
+    enqueue(redis, "m0", job_id="urgent", queue=f"{QUEUE}:high")
+    redis.zadd(f"rq:scheduled:{QUEUE}", {enqueue(redis, "m0", job_id="later").id: time.time()})
+    redis.lrem(f"rq:queue:{QUEUE}", 1, "later")
+    parts = Parts(url, tmp_path)
+    if is_popped:
+        parts.outbox.exchange()
+    found = cancel({"m0"}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)["m0"]
+    assert found is not None and found.status == "cancelled"
+    parts.close()
+    metas = [json.loads(redis.hget(f"rq:job:{id}", "meta") or b"{}") for id in jobs]
+    assert [meta["outcome"]["status"] for meta in metas] == ["cancelled"] * 4
+    assert sorted(event["payload"]["job_id"] for event in events(redis)) == sorted(jobs)
+    enqueue(redis, "m1")
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "m1"))
+        assert running.parts.device.received() == ["text of m1"]
+        enqueue(redis, "m0", job_id="anew")
+        eventually(lambda: redis.hget("rq:job:anew", "status") == b"finished")
+    assert event_names(redis) == [*["message.cancelled"] * 4, "message.sent", "message.sent"]
+
+
 def test_a_job_that_rq_cancels_while_it_is_laid_aside_is_not_revived(
     redis: Redis, url: str, tmp_path: Path
 ) -> None:
@@ -539,6 +567,7 @@ def test_a_cancel_that_was_killed_half_way_is_not_revived_by_who_finds_its_job_a
     redis: Redis, url: str, tmp_path: Path, location: str | Path, is_popped: bool
 ) -> None:
     enqueue(redis, "m0")
+    enqueue(redis, "m0", job_id="again")
     enqueue(redis, "m1")
     parts = Parts(url, tmp_path, location=location)
     if is_popped:
@@ -552,7 +581,8 @@ def test_a_cancel_that_was_killed_half_way_is_not_revived_by_who_finds_its_job_a
         eventually(lambda: settled(redis, "m0", "m1"))
         assert running.parts.device.received() == ["text of m1"]
     assert outcome(redis, "m0")["status"] == "cancelled"
-    assert event_names(redis) == ["message.cancelled", "message.sent"]
+    assert event_names(redis) == ["message.cancelled", "message.cancelled", "message.sent"]
+    assert {event["payload"]["job_id"] for event in events(redis)} == {"job-m0", "again", "job-m1"}
 
 
 def _killed(*_: Any) -> None:
