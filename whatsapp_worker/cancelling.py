@@ -82,7 +82,7 @@ def end(
             problem = f"{type(job.problem).__name__}: {job.problem}"
             ended.append(Finished(job, Outcome(Status.FAILED, error=problem)))
         elif row.content_hash != claims[job.id].content_hash:  # its id was used for another
-            ended.append(Finished(job, Outcome(status, error=error)))
+            ended.append(Finished(job, Outcome(status, error=error), is_duplicate=True))
         elif row.status != Status.SENDING:
             ended.append(Finished(job, outcome(row), row.attempt))
         told |= {item.job.id: item.outcome for item in ended[-1:]}

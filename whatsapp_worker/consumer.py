@@ -626,7 +626,8 @@ class Consumer:
             self._finish(Finished(job, recovery.outcome(answer.row), answer.row.attempt))
         elif isinstance(answer, Conflict):
             error = f"message_id: {claim.message_id!r:.80} was used before with other content"
-            self._finish(Finished(job, Outcome(Status.FAILED, error=error)))
+            failed = Outcome(Status.FAILED, error=error)
+            self._finish(Finished(job, failed, is_duplicate=True))
         elif isinstance(answer, Unsettled):
             # Recovery left none, and we have none in hand: only it can tell what this is.
             raise _Leave(Ending.SEND_UNSURE)

@@ -201,6 +201,7 @@ class Finished(NamedTuple):
     job: Job
     outcome: Outcome
     attempt: int = 0  # of the ledger row; part of the event's id
+    is_duplicate: bool = False  # its message id is that of another message, with other content
 
 
 class LimboMismatch(RedisError):
@@ -406,7 +407,7 @@ class Outbox:
         pipeline.execute()
 
     def _finish_command(self, item: Finished) -> Command:
-        job, outcome, _ = item
+        job, outcome = item.job, item.outcome
         result: Mapping[str, Any] = {}
         event: Mapping[str, Any] = {}
         fields: Mapping[str, Any] = {}
@@ -704,11 +705,13 @@ def _result(outcome: Outcome) -> dict[str, Any]:
 
 
 def _event(session: str, item: Finished) -> tuple[Event, dict[str, Any], str]:
-    job, outcome, attempt = item
+    job, outcome, attempt, is_duplicate = item
     event = Event.SENT if outcome.is_success else Event(f"message.{outcome.status}")
     payload = {"message_id": job.message_id, "job_id": job.id, **outcome.as_dict()}
     if job.metadata:
         payload["metadata"] = job.metadata
+    if is_duplicate:
+        payload["duplicate"] = True
     what = ("message", job.message_id) if attempt else ("job", job.id, job.enqueued_at)
     return event, payload, event_id(session, *what, attempt, event)
 
@@ -794,7 +797,7 @@ def amend(redis: Redis, session: str, item: Finished, *, stream: EventStream) ->
 
 
 def _amend(pipeline: Any, session: str, item: Finished, stream: EventStream) -> None:
-    job, outcome, _ = item
+    job, outcome = item.job, item.outcome
     key = _job_key(job.id)
     names = ("data", "meta", "status", "origin")
     found = zip(names, pipeline.hmget(key, names), strict=True)

@@ -132,7 +132,7 @@ def _named(job: Job, rows: Iterable[Row]) -> Job:
 def _look_again(settled: Iterable[Finished], ledger: Ledger, outbox: Outbox) -> None:
     """A receipt may have settled an unknown message before its job said that it is unknown; then
     who read the receipt found nothing to correct."""
-    for job, told, _ in settled:
+    for job, told, *_ in settled:
         row = ledger.find(job.message_id or "") if told.status == Status.UNKNOWN else None
         if row is not None and row.status != Status.UNKNOWN:
             outbox.amend(finished(row))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from sending import (
+    KEY,
     QUEUE,
     FakeDevice,
     Parts,
@@ -28,6 +29,7 @@ from sending import (
 from support import events, eventually
 
 from whatsapp_worker import outbox
+from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendAck, SendFailed
 from whatsapp_worker.stream import EventStream
@@ -153,6 +155,29 @@ def test_the_same_message_id_with_other_content_is_refused(
     assert other is not None
     assert "message_id" in other.meta["outcome"]["error"]
     assert outcome(redis, "m1")["status"] == "sent"
+    told = [(event["event"], event["payload"]) for event in events(redis)]
+    assert [(name, one["job_id"], one.get("duplicate")) for name, one in told] == [
+        ("message.sent", "job-m1", None),
+        ("message.failed", "other", True),
+    ]
+
+
+def test_cancelling_a_job_whose_id_was_used_before_says_that_only_this_job_ended(
+    redis: Redis, url: str, tmp_path: Path
+) -> None:
+    enqueue(redis, "m1")
+    with Running(Parts(url, tmp_path)):
+        eventually(lambda: settled(redis, "m1"))
+    enqueue(redis, "m1", job_id="other", to="+5511999990002")
+    parts = Parts(url, tmp_path)
+    found = cancel({"m1"}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)["m1"]
+    parts.close()
+    assert found is not None and found.status == "sent"
+    told = [(event["event"], event["payload"]) for event in events(redis)]
+    assert [(name, one["job_id"], one.get("duplicate")) for name, one in told] == [
+        ("message.sent", "job-m1", None),
+        ("message.cancelled", "other", True),
+    ]
 
 
 def test_a_failed_message_may_be_enqueued_again(redis: Redis, url: str, tmp_path: Path) -> None:
