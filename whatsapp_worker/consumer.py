@@ -417,10 +417,10 @@ class Consumer:
             return
         answer = self._answer(probe)
         if isinstance(answer, Exception):
+            self._put_down()
             if classify(str(answer)) is Kind.STOP_SENDING:
                 self._pause()
             self._breaker.failed("probe")
-            self._put_down()
             raise _Released
 
     def _lie_down(self, rest_s: float) -> None:
@@ -514,6 +514,7 @@ class Consumer:
                 self._put_down()
                 raise _Leave(_ENDINGS[kind])
             if kind is Kind.STOP_SENDING:
+                self._put_down()
                 self._pause()
             raise _Again(str(prepared))
         if isinstance(prepared, Exception):
@@ -583,11 +584,12 @@ class Consumer:
 
         def attempt() -> None:
             # Written at once: a process killed in the rest must not call it unknown.
-            known, self._known = self._known, None
+            known = self._known
             if known is not None and self._breaker.phase() is Phase.OPEN:
                 self._rest_at_head(known)
             elif known is not None:
                 self._with_ledger(lambda: self._ledger.settle(known.settlement))
+                self._mark_settled()
                 self._attempt(job, content)
 
         if self._settings.send_retries:
@@ -600,12 +602,11 @@ class Consumer:
     def _rest_at_head(self, known: _Known) -> None:
         """The breaker opened: what was certainly not sent waits for it to close, and does not fail
         meanwhile; but not for ever, since others wait behind it."""
-        settlement = known.settlement
-        if self._with_ledger(lambda: recovery.may_rest(settlement.message_id, self._ledger)):
-            self._with_ledger(lambda: self._ledger.settle(known.written))
+        id = known.settlement.message_id
+        if self._with_ledger(lambda: recovery.may_rest(id, self._ledger)):
+            self._settle()
             self._put_down()
             raise _Released
-        self._known = known
 
     def _sleep(self, wait_s: float) -> None:
         if not self._rested(wait_s):
@@ -686,8 +687,8 @@ class Consumer:
         if isinstance(result, SendAck):
             outcome = self._success(claim, result)
         else:
-            kind = self._judge_failure(claim, result)
-            outcome = self._failure(claim, claimed, str(result))
+            kind = self._judge_failure(job, claim, result)
+            outcome = self._failure(job, claim, claimed, str(result))
         self._known = _Known(
             recovery.settlement(claim.message_id, outcome),
             Finished(job, outcome, claimed.attempt),
@@ -730,10 +731,11 @@ class Consumer:
             sent_at=ack.at,
         )
 
-    def _failure(self, claim: Claim, claimed: Claimed, error: str) -> Outcome:
+    def _failure(self, job: Job, claim: Claim, claimed: Claimed, error: str) -> Outcome:
         """This attempt was certainly not sent; but one before it may have been."""
         failed = Settlement(claim.message_id, Status.FAILED, error=error)
         if claimed.attempt > 1:
+            self._know_unsent(job, claim, recovery.RESTING)
             doubtful = self._with_ledger(lambda: self._ledger.doubtful(claim.message_id))
             failed = honest(failed, doubtful)
         return Outcome(
@@ -743,7 +745,20 @@ class Consumer:
             claimed_at=claim.now,
         )
 
-    def _judge_failure(self, claim: Claim, error: Exception) -> Kind:
+    def _know_unsent(self, job: Job, claim: Claim, error: str) -> None:
+        """This attempt was certainly not sent: known, and noted, before the ledger is asked
+        anything, which may be away until this process ends.
+
+        Args:
+            error: One of `recovery.RELEASED`: should nothing follow, it is sent again.
+        """
+        unsent = Outcome(Status.FAILED, error=error, claimed_at=claim.now)
+        settlement = recovery.settlement(claim.message_id, unsent)
+        self._known = _Known(settlement, Finished(job, unsent), is_passing=True)
+        with contextlib.suppress(RedisError):  # then the ledger alone can have it
+            self._outbox.note(job, unsent)
+
+    def _judge_failure(self, job: Job, claim: Claim, error: Exception) -> Kind:
         """What kind of failure it is, where the message certainly was not sent.
 
         Raises:
@@ -755,31 +770,25 @@ class Consumer:
         if kind.is_transport_fault:
             self._breaker.failed(kind.value)
         if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
-            self._release(claim, recovery.NOT_CONNECTED)
+            self._release(job, claim, recovery.NOT_CONNECTED)
         if kind in _ENDINGS:
             raise _Leave(_ENDINGS[kind])
         if kind is Kind.STOP_SENDING:
-            self._pause(claim)
+            self._release(job, claim, PAUSED)
+            self._pause()
         return kind
 
-    def _pause(self, claim: Claim | None = None) -> NoReturn:
-        """WhatsApp wants this number to send less: rest, longer each time.
-
-        Args:
-            claim: Of the message in hand, which was not sent; None before it was claimed.
-        """
-        if claim is None:
-            self._put_down()
-        else:
-            self._release(claim, PAUSED)
+    def _pause(self) -> NoReturn:
+        """WhatsApp wants this number to send less: rest, longer each time. The message in hand,
+        which was not sent, is back at the head."""
         extra = {"session": self.session, "until": self._breaker.pause()}
         log.warning("queue.paused", extra=extra)
         raise _Released
 
-    def _release(self, claim: Claim, error: str) -> None:
+    def _release(self, job: Job, claim: Claim, error: str) -> None:
         """The claimed message was not handed over: back to the head, to be claimed again."""
-        settlement = Settlement(claim.message_id, Status.FAILED, error=error, at=time.time())
-        self._with_ledger(lambda: self._ledger.settle(settlement))
+        self._know_unsent(job, claim, error)
+        self._settle()
         self._put_down()
 
     # Settling

@@ -206,7 +206,8 @@ def may_rest(message_id: str, ledger: Ledger) -> bool:
 
 def resting(refused: Settlement) -> Settlement:
     """Of a message that was refused for the moment and waits at the head to be sent again."""
-    return Settlement(refused.message_id, Status.FAILED, error=RESTING, at=refused.at)
+    error = refused.error if refused.error in RELEASED else RESTING
+    return Settlement(refused.message_id, Status.FAILED, error=error, at=refused.at)
 
 
 def settlement(message_id: str, outcome: Outcome) -> Settlement:
