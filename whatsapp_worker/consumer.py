@@ -458,9 +458,12 @@ class Consumer:
 
     def _record(self, job: Job, status: Status, error: str) -> Finished:
         """End a message that was never sent, unless the ledger says that it was."""
+        self._settle()  # the message before may be this one
         claim = self._claim_of(job)
         settlement = Settlement(claim.message_id, status, error=error, at=claim.now)
         [row] = self._with_ledger(lambda: self._ledger.record([(claim, settlement)]))
+        if row.content_hash != claim.content_hash:  # its id was used for another
+            return Finished(job, Outcome(status, error=error))
         if row.status == Status.SENDING:
             raise _Leave(Ending.SEND_UNSURE)
         return Finished(job, recovery.outcome(row), row.attempt)
@@ -476,10 +479,8 @@ class Consumer:
             except _Again:
                 self._try_again(job, content)
         except MediaFailed as error:
-            self._settle()
             self._finish(self._record(job, Status.FAILED, str(error)))
         except _Late:
-            self._settle()
             self._finish(self._record(job, Status.EXPIRED, recovery.TOO_LATE))
 
     def _prepared(self, job: Job) -> Mapping[str, Any]:

@@ -609,3 +609,47 @@ def test_cancelling_while_it_is_sent_ends_in_one_word_everywhere(
         assert row.status == status
     assert limbo(redis) == 0
     other.close()
+
+
+def _job(redis: Redis, id: str) -> Any:
+    job = queue_of(redis).fetch_job(id)
+    assert job is not None
+    return job
+
+
+@pytest.mark.parametrize("ended", ["expired", "cancelled", "failed"])
+def test_a_job_that_ends_unsent_is_not_told_what_became_of_other_content_with_its_id(
+    redis: Redis, url: str, tmp_path: Path, ended: str
+) -> None:
+    def prepare(content: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise MediaFailed("there is no such file")
+
+    parts = Parts(url, tmp_path, options={"prepare": prepare})
+    other: dict[str, Any] = {"message": {"type": "text", "text": {"body": "quite another text"}}}
+    if ended == "expired":
+        other["expires_at"] = time.time() - 5
+    if ended == "failed":
+        other["message"] = {"type": "image", "image": {"link": "https://example.org/x.png"}}
+    enqueue(redis, "m1")
+    enqueue(redis, "m1", job_id="other", **other)
+    if ended == "cancelled":  # as RQ's own `cancel` does to what was popped
+        redis.hset("rq:job:other", "status", "canceled")
+    with Running(parts):
+        eventually(lambda: settled(redis, "m1") and _job(redis, "other").meta.get("outcome"))
+        row = parts.ledger.find("m1")
+        assert row is not None and row.status == "sent"
+    assert outcome(redis, "m1")["status"] == "sent"
+    told = _job(redis, "other").meta["outcome"]
+    assert (told["status"], told["wa_message_id"]) == (ended, None)
+    assert event_names(redis) == ["message.sent", f"message.{ended}"]
+
+
+def test_an_expired_repetition_of_a_message_that_was_just_sent_is_told_so_and_ends_nothing(
+    redis: Redis, url: str, tmp_path: Path
+) -> None:
+    enqueue(redis, "m1")
+    enqueue(redis, "m1", job_id="again", expires_at=time.time() - 5)
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "m1") and _job(redis, "again").meta.get("outcome"))
+        assert running.ending is None
+    assert _job(redis, "again").meta["outcome"] == outcome(redis, "m1")
