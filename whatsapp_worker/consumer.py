@@ -48,7 +48,7 @@ from whatsapp_worker import recovery
 from whatsapp_worker.breakers import Phase
 from whatsapp_worker.calls import CallThread, Limit
 from whatsapp_worker.content import needs_preparing
-from whatsapp_worker.device import SendAck, SendFailed
+from whatsapp_worker.device import SendAck, SendFailed, redacted
 from whatsapp_worker.errors import MediaFailed
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import message_secret, number_hash
@@ -533,7 +533,7 @@ class Consumer:
         self._flush(pop=False)
         failure = self._answer(lambda: show(order.recipient.jid))
         if isinstance(failure, Exception):
-            log.debug("message.typing_failed", extra={"error": repr(failure)})
+            self._log_error("message.typing_failed", failure)
         self._sleep(typing_s)
 
     def _await_prepared(self, prepare: Prepare, content: Mapping[str, Any]) -> Any:
@@ -767,7 +767,7 @@ class Consumer:
         """
         kind = classify(str(error)) if isinstance(error, SendFailed) else Kind.UNSURE
         log.warning("message.send_failed", extra={"session": self.session, "kind": kind})
-        log.debug("message.send_error", extra={"session": self.session, "error": repr(error)})
+        self._log_error("message.send_error", error)
         if kind.is_transport_fault:
             self._breaker.failed(kind.value)
         if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
@@ -791,6 +791,10 @@ class Consumer:
         self._know_unsent(job, claim, error)
         self._settle()
         self._put_down()
+
+    def _log_error(self, event: str, error: Exception) -> None:
+        """neonize's own words."""
+        log.debug(event, extra={"session": self.session, "error": redacted(repr(error))})
 
     # Settling
 

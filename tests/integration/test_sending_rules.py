@@ -653,3 +653,28 @@ def test_an_expired_repetition_of_a_message_that_was_just_sent_is_told_so_and_en
         eventually(lambda: settled(redis, "m1") and _job(redis, "again").meta.get("outcome"))
         assert running.ending is None
     assert _job(redis, "again").meta["outcome"] == outcome(redis, "m1")
+
+
+UNKNOWN_NUMBER = "no LID found for 5511999990001@s.whatsapp.net from server"
+
+
+def _fail(*_: object) -> Any:
+    raise SendFailed(UNKNOWN_NUMBER)
+
+
+def test_what_neonize_says_is_logged_without_phone_numbers(
+    redis: Redis, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Refusing(tmp_path, {"m0": [UNKNOWN_NUMBER]})
+    pace: dict[str, Any] = {"pace_per_minute": 300.0, "pace_jitter": 0.0, "pace_typing_s": 0.01}
+    options = {"show_typing": _fail, "prepare": _fail}
+    parts = Parts(url, tmp_path, device=device, options=options, send_retries=0, **pace)
+    document = {"type": "document", "document": {"link": "https://example.org/x.pdf"}}
+    enqueue(redis, "m0")
+    enqueue(redis, "m1", message=document)
+    with caplog.at_level("DEBUG", "whatsapp_worker.consumer"), Running(parts):
+        eventually(lambda: settled(redis, "m0", "m1"))
+    said = {record.getMessage(): str(vars(record).get("error")) for record in caplog.records}
+    for event in ("message.send_error", "message.typing_failed"):
+        assert "no LID found for ...@s.whatsapp.net" in said[event]
+    assert not any("5511999990001" in text for text in said.values())
