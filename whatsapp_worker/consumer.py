@@ -56,7 +56,7 @@ from whatsapp_worker.message import Outgoing
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.pacer import LIMITED, Pacer, pace_of
 from whatsapp_worker.rq_job import RESTING, Job, Outcome
-from whatsapp_worker.send_errors import Kind, classify
+from whatsapp_worker.send_errors import Kind, classify, in_words, upload_in_words
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stored_breakers import DATABASE_AWAY, PAUSED, SENDS_FAILED, Breakers
 
@@ -510,6 +510,7 @@ class Consumer:
             _Again: It could not be uploaded.
         """
         if isinstance(prepared, SendFailed):
+            self._log_error("message.upload_error", prepared)
             kind = classify(str(prepared))
             if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
                 self._put_down()
@@ -517,7 +518,7 @@ class Consumer:
             if kind is Kind.STOP_SENDING:
                 self._put_down()
                 self._pause()
-            raise _Again(str(prepared))
+            raise _Again(upload_in_words(str(prepared)))
         if isinstance(prepared, Exception):
             raise prepared if isinstance(prepared, MediaFailed) else MediaFailed(repr(prepared))
         found: Mapping[str, Any] = prepared
@@ -689,7 +690,7 @@ class Consumer:
             outcome = self._success(claim, result)
         else:
             kind = self._judge_failure(job, claim, result)
-            outcome = self._failure(job, claim, claimed, str(result))
+            outcome = self._failure(job, claim, claimed, in_words(str(result)))
         self._known = _Known(
             recovery.settlement(claim.message_id, outcome),
             Finished(job, outcome, claimed.attempt),

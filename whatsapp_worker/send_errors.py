@@ -49,3 +49,30 @@ TABLE: tuple[tuple[str, Kind], ...] = (
 def classify(text: str) -> Kind:
     """What neonize's error text says about the message; what nobody knows is `UNSURE`."""
     return next((kind for pattern, kind in TABLE if re.search(pattern, text)), Kind.UNSURE)
+
+
+# What a CRM is told instead, where the message is `failed`; with WhatsApp's number, if it says one.
+_WORDS: tuple[tuple[str, str], ...] = (
+    ("no LID found for", "the number is not on WhatsApp"),
+    (r"server returned error (\d+)", "WhatsApp refused the message"),
+    (r"info query returned status (\d+)", "WhatsApp refused a question about the recipient"),
+    ("recipient must be a user JID", "nobody can be written to at this address"),
+    ("can't send message to unknown server", "nobody can be written to at this address"),
+    ("you're not participating in that group", "this session's number is not in the group"),
+    ("that group does not exist", "the group does not exist"),
+)
+
+
+def in_words(text: str) -> str:
+    """neonize's error text of a message that was certainly not sent, for people."""
+    for pattern, words in _WORDS:
+        found = re.search(pattern, text)
+        if found:
+            return f"{words} (error {found[1]})" if found.re.groups else words
+    return text
+
+
+def upload_in_words(text: str) -> str:
+    """neonize's error text of a file that was not uploaded, for people."""
+    found = re.search(r"status(?: code)? (\d+)", text)
+    return "WhatsApp did not take the file" + (f" (error {found[1]})" if found else "")

@@ -210,7 +210,7 @@ def test_what_concerns_one_message_counts_nothing_nor_does_a_wish_for_a_pause(
     phone = world.link("picky")
     document = {"type": "document", "document": {"link": "http://127.0.0.1:1/x"}}
     bad: list[tuple[str, str, dict[str, Any], str]] = [
-        ("nobody", NOBODY, {}, "no LID found"),
+        ("nobody", NOBODY, {}, "the number is not on WhatsApp"),
         ("empty", CONTACT, {"message": {"type": "text", "text": {"body": ""}}}, "text.body"),
         ("media", CONTACT, {"message": document}, "could not be asked"),
     ]

@@ -183,7 +183,7 @@ def test_cancelling_a_job_whose_id_was_used_before_says_that_only_this_job_ended
 def test_a_failed_message_may_be_enqueued_again(redis: Redis, url: str, tmp_path: Path) -> None:
     device = FakeDevice(tmp_path)
     parts = Parts(url, tmp_path, device=device)
-    refusals = ["no LID found for X from server"]
+    refusals = ["no LID found for 5511999990001@s.whatsapp.net from server"]
 
     def refuse(step: str) -> None:
         if step == "before" and refusals:
@@ -196,7 +196,8 @@ def test_a_failed_message_may_be_enqueued_again(redis: Redis, url: str, tmp_path
         job = fetch(redis, "m1")
         assert job.get_status() == "failed"
         assert job.meta["outcome"]["status"] == "failed"
-        assert "no LID found" in job.latest_result().exc_string
+        assert job.meta["outcome"]["error"] == "the number is not on WhatsApp"
+        assert job.latest_result().exc_string == "failed: the number is not on WhatsApp"
         enqueue(redis, "m1", job_id="second")
         eventually(lambda: redis.hget("rq:job:second", "status") == b"finished")
     assert [event["event"] for event in events(redis)] == ["message.failed", "message.sent"]

@@ -678,3 +678,21 @@ def test_what_neonize_says_is_logged_without_phone_numbers(
     for event in ("message.send_error", "message.typing_failed"):
         assert "no LID found for ...@s.whatsapp.net" in said[event]
     assert not any("5511999990001" in text for text in said.values())
+
+
+def test_a_failure_is_told_in_words_that_people_know(
+    redis: Redis, url: str, tmp_path: Path
+) -> None:
+    device = Refusing(tmp_path, {"m0": [UNKNOWN_NUMBER]})
+    parts = Parts(url, tmp_path, device=device, options={"prepare": _fail}, send_retries=0)
+    document = {"type": "document", "document": {"link": "https://example.org/x.pdf"}}
+    enqueue(redis, "m0")
+    enqueue(redis, "m1", message=document)
+    with Running(parts):
+        eventually(lambda: settled(redis, "m0", "m1"))
+        row = parts.ledger.find("m0")
+        assert row is not None and row.error == "the number is not on WhatsApp"
+    assert outcome(redis, "m0")["error"] == "the number is not on WhatsApp"
+    assert outcome(redis, "m1")["error"] == "WhatsApp did not take the file"
+    told = [event["payload"]["error"] for event in events(redis)]
+    assert told == ["the number is not on WhatsApp", "WhatsApp did not take the file"]

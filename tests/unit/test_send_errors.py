@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from whatsapp_worker.send_errors import TABLE, Kind, classify
+from whatsapp_worker.send_errors import TABLE, Kind, classify, in_words, upload_in_words
 
 QUERY = "failed to send usync query: info query returned status"
+TOLD = (Kind.RECIPIENT, Kind.TRANSIENT)  # in the others the message is not `failed`
 CASES = [
     ("no LID found for 5511999990001 from server", Kind.RECIPIENT),
     ("client is nil", Kind.NOT_CONNECTED),
@@ -51,3 +52,41 @@ def test_no_row_is_without_a_test() -> None:
 def test_the_breaker_counts_transport_faults_and_time_outs_only(kind: Kind) -> None:
     counted = (Kind.UNSURE, Kind.NOT_CONNECTED, Kind.TRANSIENT)
     assert kind.is_transport_fault == (kind in counted)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "no LID found for 5511999990001@s.whatsapp.net from server",
+            "the number is not on WhatsApp",
+        ),
+        ("server returned error 479", "WhatsApp refused the message (error 479)"),
+        (f"{QUERY} 404: x", "WhatsApp refused a question about the recipient (error 404)"),
+        ("that group does not exist", "the group does not exist"),
+        ("something nobody has seen", "something nobody has seen"),
+    ],
+)
+def test_a_failure_is_told_in_words_that_people_know(text: str, words: str) -> None:
+    assert in_words(text) == words
+
+
+@pytest.mark.parametrize("text", [text for text, kind in CASES if kind in TOLD])
+def test_no_failure_that_a_crm_is_told_is_in_the_librarys_words(text: str) -> None:
+    assert in_words(text) != text
+    assert re.findall(r"\d+", in_words(text)) == re.findall(r"(?<!\d)\d{3,4}(?!\d)", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("upload failed with status code 503", "WhatsApp did not take the file (error 503)"),
+        (
+            "failed to refresh media connections: info query returned status 500: x",
+            "WhatsApp did not take the file (error 500)",
+        ),
+        ("dial tcp 5511999990001: connection refused", "WhatsApp did not take the file"),
+    ],
+)
+def test_a_failed_upload_is_told_in_words_that_people_know(text: str, words: str) -> None:
+    assert upload_in_words(text) == words
