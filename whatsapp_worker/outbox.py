@@ -48,6 +48,7 @@ from whatsapp_worker.rq_job import (
     decode,
     fresh_fields,
     message_id_of,
+    noted_meta,
     rq_time,
     settled_fields,
 )
@@ -388,8 +389,7 @@ class Outbox:
 
         Redis has it when this returns, but has not answered: the next `exchange` looks.
         """
-        meta = json.dumps({**job.meta, "outcome": outcome.as_dict()})
-        self._wire.send(("HSET", _job_key(job.id), "meta", meta))
+        self._wire.send(("HSET", _job_key(job.id), "meta", noted_meta(job, outcome)))
 
     def withdraw(self, items: Sequence[Finished]) -> None:
         """Finish jobs that `waiting` and its like found; for others than their consumer.
@@ -815,7 +815,7 @@ def _amend(pipeline: Any, session: str, item: Finished, stream: EventStream) -> 
     if known is None:
         return
     status = JobStatus.FINISHED if outcome.is_success else JobStatus.FAILED
-    meta = json.dumps({**present.meta, "outcome": outcome.as_dict()})
+    meta = noted_meta(present, outcome)
     pipeline.hset(key, mapping={"status": status.value, "meta": meta})
     pipeline.xadd(f"{RQ_KEY_PREFIX}:results:{job.id}", _result(outcome), maxlen=10)
     for registry in ("finished", "failed"):

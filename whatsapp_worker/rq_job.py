@@ -23,7 +23,7 @@ from whatsapp_worker.keys import HIGH_SUFFIX, SEND_MESSAGE
 from whatsapp_worker.message import Outgoing, readable_metadata, validate
 
 MAX_PAYLOAD = 1_048_576  # bytes of `data`, inflated
-MAX_META = 65_536  # bytes
+MAX_META = 65_536  # bytes, as a producer wrote it; with our outcome up to MAX_PAYLOAD
 MAX_HASH = 4 * MAX_PAYLOAD  # bytes of all fields together
 # What is noted in a job's meta of an attempt that is to be followed by another.
 RESTING = "WhatsApp refused it for the moment; it is sent again after a rest"
@@ -149,6 +149,9 @@ def decode(raw_id: bytes, fields: Mapping[str, bytes], *, session: str, queue: s
     order = message_id = content_hash = None
     try:
         meta = _read_meta(fields.get("meta", b""))
+    except WorkerError as error:
+        problem = problem or error
+    try:  # whatever its meta is: by the message id its outcome is found
         kwargs = _read_kwargs(fields.get("data", b""))
         message_id = _text(kwargs.get("message_id"))
         content_hash = _text(kwargs.get("content_hash"))
@@ -233,12 +236,23 @@ _CHECKS: dict[str, Any] = {
 def _read_meta(raw: bytes) -> dict[str, Any]:
     if not raw:
         return {}
-    if len(raw) > MAX_META:
-        raise JobRefused(f"meta: longer than {MAX_META} bytes")
-    meta = _json("meta", raw)
+    is_long = len(raw) > MAX_META
+    meta = _json("meta", raw) if len(raw) <= MAX_PAYLOAD else {}
     if not isinstance(meta, dict):
         raise JobRefused("meta: not a JSON object")
+    if is_long and "outcome" not in meta:
+        raise JobRefused(f"meta: longer than {MAX_META} bytes")
     return meta
+
+
+def noted_meta(job: Job, outcome: Outcome) -> str:
+    """A job's meta with its outcome; it can be read again, whatever the producer wrote.
+
+    Not in ASCII, which makes a text three times as long. Numbers may still grow, to four times.
+    """
+    noted = {**job.meta, "outcome": outcome.as_dict()}
+    text = json.dumps(noted, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates stay escaped
 
 
 def _read_kwargs(data: bytes) -> dict[str, Any]:
@@ -306,7 +320,7 @@ def settled_fields(job: Job, session: str, outcome: Outcome) -> dict[str, Any]:
         "status": (JobStatus.FINISHED if outcome.is_success else JobStatus.FAILED).value,
         "ended_at": rq_time(time.time()),
         "data": _wiped(job, session),
-        "meta": json.dumps({**job.meta, "outcome": outcome.as_dict()}),
+        "meta": noted_meta(job, outcome),
     }
     description = job.kept.get("description", "")
     if not description or description.startswith(f"{SEND_MESSAGE}("):

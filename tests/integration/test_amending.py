@@ -208,6 +208,17 @@ def test_a_receipt_whose_message_has_no_job_any_more_is_told(host: Host) -> None
     assert host.told().count("message.sent") == 1
 
 
+def test_a_job_whose_meta_is_long_is_amended_like_any_other(host: Host) -> None:
+    note = "ж" * 16_000
+    host.redis.hset("rq:job:job-m1", "meta", json.dumps({"note": note}, ensure_ascii=False))
+    host.lose_an_answer()
+    host.recover()
+    host.receive()
+    host.read_receipts()
+    agrees(host, "delivered")
+    assert fetch(host.redis, "m1").meta["note"] == note
+
+
 def test_killed_between_ledger_and_job_the_next_process_tells_it(host: Host) -> None:
     host.lose_an_answer()
     host.recover()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import threading
 import time
 import zlib
@@ -21,6 +22,7 @@ from sending import (
     enqueue,
     enqueue_many,
     fetch,
+    fork_consumer,
     limbo,
     outcome,
     queue_of,
@@ -28,7 +30,7 @@ from sending import (
 )
 from support import events, eventually
 
-from whatsapp_worker import outbox
+from whatsapp_worker import outbox, redis_client
 from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendAck, SendFailed
@@ -530,3 +532,49 @@ def test_a_message_that_always_ends_its_process_fails_in_the_end(
     assert outcome(redis, "m0")["status"] == "failed"
     assert "handed over" in outcome(redis, "m0")["error"]
     assert outcome(redis, "m1")["status"] == "sent"
+
+
+@pytest.mark.parametrize("note", ["ж" * 16_000, "\ud800 " * 8_000])
+def test_killed_before_the_ledger_knew_a_sent_message_is_sent_however_long_its_meta(
+    redis: Redis, url: str, tmp_path: Path, note: str
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare(parts: Parts) -> None:
+        parts.ledger.settle = killed  # type: ignore[method-assign]
+
+    raw = json.dumps({"note": note}, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    enqueue(redis, "m1")
+    redis.hset("rq:job:job-m1", "meta", raw)
+    pid = fork_consumer(url, tmp_path, prepare=prepare)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert limbo(redis) == 1
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: settled(redis, "m1"))
+        row = running.parts.ledger.find("m1")
+        assert running.parts.device.received() == ["text of m1"]
+    assert row is not None and row.status == outcome(redis, "m1")["status"] == "sent"
+    assert fetch(redis, "m1").meta["note"] == note
+    assert [event["event"] for event in events(redis)] == ["message.sent"]
+
+
+def test_a_meta_that_its_crm_damaged_meanwhile_does_not_hide_what_became_of_the_message(
+    redis: Redis, url: str, tmp_path: Path
+) -> None:
+    def prepare(parts: Parts) -> None:
+        def step(name: str) -> None:
+            if name == "transmitted":
+                redis_client.connect(url).hset("rq:job:job-m1", "meta", pickle.dumps({}))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        parts.device.at = step
+
+    enqueue(redis, "m1")
+    os.waitpid(fork_consumer(url, tmp_path, prepare=prepare), 0)
+    with Running(Parts(url, tmp_path)) as running:
+        eventually(lambda: limbo(redis) == 0 and redis.hget("rq:job:job-m1", "status") == b"failed")
+        assert running.parts.device.received() == ["text of m1"]
+    assert outcome(redis, "m1")["status"] == "unknown"
+    [event] = events(redis)
+    assert (event["event"], event["payload"]["message_id"]) == ("message.unknown", "m1")

@@ -11,7 +11,14 @@ from rq.job import Job as RqJob
 from rq.serializers import JSONSerializer
 
 from whatsapp_worker.event_names import Status
-from whatsapp_worker.rq_job import Outcome, decode, fresh_fields, settled_fields
+from whatsapp_worker.rq_job import (
+    MAX_META,
+    Outcome,
+    decode,
+    fresh_fields,
+    noted_meta,
+    settled_fields,
+)
 
 _GOOD = {
     "session": "s1",
@@ -89,6 +96,44 @@ def test_a_settled_job_tells_its_message_id_but_no_text() -> None:
 def test_what_the_producer_put_into_meta_stays() -> None:
     settled = settled_fields(read(meta=b'{"lead": 7}'), "s1", Outcome(Status.FAILED, error="x"))
     assert json.loads(settled["meta"])["lead"] == 7
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'"' + "ж".encode() * 32_000 + b'"',
+        b'"' + "👩".encode() * 16_000 + b'"',
+        b'"' + rb"\ud800" * 10_000 + b'"',
+        b"[" + b",".join([b"1e15"] * 13_000) + b"]",
+        b"{" + b",".join(b'"%d":0' % number for number in range(7_000)) + b"}",
+    ],
+)
+def test_what_we_add_to_the_longest_meta_keeps_nobody_from_reading_it(value: bytes) -> None:
+    job = read(meta=b'{"note":%b}' % value)
+    sent = Outcome(Status.SENT, "WA1", claimed_at=1.0)
+    for _ in range(2):  # what was written once is written again
+        meta = noted_meta(job, sent).encode()
+        again = read(meta=meta, status=b"started")
+        assert again.problem is None and again.order is not None
+        assert (again.outcome, again.meta["note"]) == (sent, job.meta["note"])
+        crm = RqJob("job-1", connection=object(), serializer=JSONSerializer)  # type: ignore[arg-type]
+        crm.restore({"data": b"[]", "created_at": b"2026-11-22T03:00:00Z", "meta": meta})
+        assert crm.meta["outcome"] == sent.as_dict()
+        job = again
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1])
+def test_a_producer_may_write_so_much_into_meta_and_no_more(size: int) -> None:
+    empty = len(b'{"note":""}')
+    job = read(meta=b'{"note":"%b"}' % (b"x" * (MAX_META - empty + size)))
+    assert (str(job.problem) == "meta: longer than 65536 bytes") == (size > 0)
+
+
+@pytest.mark.parametrize("meta", [b"[]", b"\x80\x04.", b'{"note":"%b"}' % (b"x" * MAX_META)])
+def test_a_job_whose_meta_cannot_be_read_tells_its_message_id(meta: bytes) -> None:
+    job = read(meta=meta)
+    assert job.problem is not None and job.order is None
+    assert (job.message_id, job.meta) == ("m1", {})
 
 
 _BYTES = st.one_of(
