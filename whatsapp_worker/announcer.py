@@ -23,7 +23,7 @@ class Announcer:
 
     def __init__(self, stream: EventStream, *, limit: int = WAITING_MAX) -> None:
         self._stream = stream
-        self._waiting: queue.Queue[tuple[Event, str, dict[str, Any]] | None] = queue.Queue(limit)
+        self._waiting: queue.Queue[dict[str, str | int] | None] = queue.Queue(limit)
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)
 
@@ -32,9 +32,11 @@ class Announcer:
 
     def announce(self, event: Event, session: str, payload: Mapping[str, Any]) -> None:
         """Say it when Redis can hear; never blocks. The oldest is dropped when too many wait."""
+        # Made once: where the answer is lost it is told again under its id, with its own time.
+        entry = self._stream.entry(event, session, payload)
         while True:
             try:
-                self._waiting.put_nowait((event, session, dict(payload)))
+                self._waiting.put_nowait(entry)
                 return
             except queue.Full:
                 self._drop_oldest()
@@ -45,7 +47,8 @@ class Announcer:
         except queue.Empty:
             return
         if dropped:
-            log.warning("event.dropped", extra={"event_name": dropped[0], "session": dropped[1]})
+            facts = {"event_name": dropped["event"], "session": dropped["session"]}
+            log.warning("event.dropped", extra=facts)
 
     def stop(self, *, timeout_s: float) -> bool:
         """Flush what waits; whether that was done in time."""
@@ -61,14 +64,14 @@ class Announcer:
             self._leave.set()
 
     def _run(self) -> None:
-        while not self._leave.is_set() and (item := self._waiting.get()) is not None:
-            self._say(*item)
+        while not self._leave.is_set() and (entry := self._waiting.get()) is not None:
+            self._say(entry)
 
-    def _say(self, event: Event, session: str, payload: dict[str, Any]) -> None:
+    def _say(self, entry: Mapping[str, str | int]) -> None:
         was_down = False
         while not self._leave.is_set():
             try:
-                self._stream.add(event, session, payload)
+                self._stream.add_many([entry])
                 return
             except RedisError as error:
                 if not was_down:
