@@ -30,6 +30,7 @@ from storage.errors import (
     RecordExists,
     RecordExported,
     RecordMissing,
+    StorageError,
     reason,
 )
 from storage.hold import Hold
@@ -220,7 +221,8 @@ class Sessions:
     def create(self, id: str, *, network: str, now: float, why: str = "") -> Wanted:
         """Make a new record, wanted to run and never linked; removes the id's tombstone.
 
-        Where there was one, what was enqueued until now is held (`Sessions.hold`).
+        Where there was one, what was enqueued until now is held (`Sessions.hold`); also when an
+        earlier creation failed half-way.
 
         Raises:
             RecordExists: There is one already.
@@ -248,6 +250,7 @@ class Sessions:
             return _to_fields(wanted)
 
         self._wanted_document(id).update(change)
+        self._is_made(id, is_used_again)
         return wanted
 
     def wanted(self, id: str) -> Wanted | None:
@@ -370,7 +373,8 @@ class Sessions:
             RecordExists, RecordBeingDeleted: There is such a session; the folder is left.
             DocumentUnwritable: Not made (transient).
         """
-        if self._require_free(id):
+        is_used_again = self._require_free(id)
+        if is_used_again:
             Hold(folder).put(wanted.touched_at)
         _document(folder, "wanted.json").write(_to_fields(wanted))
         _document(folder, "state.json").write(_to_fields(state))
@@ -380,6 +384,7 @@ class Sessions:
             sync_folder(self._folders)
         except OSError as error:
             raise DocumentUnwritable(self.folder(id), f"cannot be made: {reason(error)}") from error
+        self._is_made(id, is_used_again)
 
     def _require_folder(self, id: str) -> None:
         if not self.folder(id).is_dir():
@@ -387,16 +392,19 @@ class Sessions:
 
     def _require_free(self, id: str) -> bool:
         """An id that is not in use; whether it was once: its tombstone is removed, since it is
-        created on purpose."""
+        created on purpose. Before there is a record: one with a tombstone would be deleted."""
         exists = self.folder(id).exists()
-        stone = self.tombstones.find(id)
-        if stone:
-            if exists:
-                raise RecordBeingDeleted(id, f"session {id} is still being deleted; try again")
-            self.tombstones.remove(id)
+        if exists and self.tombstones.find(id):
+            raise RecordBeingDeleted(id, f"session {id} is still being deleted; try again")
         if exists and self._wanted_document(id).read() is not None:
             raise RecordExists(id, f"session {id} exists already")
-        return stone is not None
+        return self.tombstones.unbury(id)
+
+    def _is_made(self, id: str, is_used_again: bool) -> None:
+        """Its hold is on disk, so nobody else needs to remember that the id was used before."""
+        if is_used_again:
+            with contextlib.suppress(StorageError):  # a later creation holds once too often
+                self.tombstones.forget(id)
 
     def changed(self) -> set[str]:
         """The ids whose wanted record changed since the last call: new and vanished ones too.

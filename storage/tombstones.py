@@ -47,6 +47,7 @@ class Tombstones:
         self._limit = limit
         self._seen: tuple[int, int, int] | None = None
         self._cache: dict[str, Tombstone] = {}
+        self._unburied: list[str] = []  # ids whose creation may not be done
 
     def add(self, id: str, number_hash: str | None, why: str, now: float) -> Tombstone:
         """Remember a deletion. Adding an id again changes nothing, so it may be repeated.
@@ -63,24 +64,46 @@ class Tombstones:
                 if entry["id"] == id:
                     stone = Tombstone.read(entry)
                     return None
-            return {"tombstones": [*entries, dataclasses.asdict(stone)][-self._limit :]}
+            kept = [*entries, dataclasses.asdict(stone)][-self._limit :]
+            return {**(fields or {}), "tombstones": kept}
 
         self._change(change)
         return stone
 
-    def remove(self, id: str) -> bool:
-        """Forget a deletion because the id was created again on purpose; whether there was one."""
-        was_there = False
+    def unbury(self, id: str) -> bool:
+        """Take its tombstone away because the id is created again on purpose; that it was used
+        once is remembered until `forget`, should the creation fail. Whether it was.
+
+        Raises:
+            DocumentUnwritable, LockHeld: Nothing has changed (transient).
+        """
+        if id not in self._read() and id not in self._unburied:
+            return False
+        was_used = False
 
         def change(fields: Fields | None) -> Fields | None:
-            nonlocal was_there
-            entries = _entries(fields)
+            nonlocal was_used
+            entries, unburied = _entries(fields), _unburied(fields)
             others = [entry for entry in entries if entry["id"] != id]
             was_there = len(others) < len(entries)
-            return {"tombstones": others} if was_there else None
+            was_used = was_there or id in unburied
+            kept = [*(other for other in unburied if other != id), id][-self._limit :]
+            if not was_there:
+                return None
+            return {**(fields or {}), "tombstones": others, "unburied": kept}
 
         self._change(change)
-        return was_there
+        return was_used
+
+    def forget(self, id: str) -> None:
+        """The creation that `unbury` began is done. A tombstone is never touched."""
+
+        def change(fields: Fields | None) -> Fields | None:
+            unburied = _unburied(fields)
+            kept = [other for other in unburied if other != id]
+            return {**(fields or {}), "unburied": kept} if len(kept) < len(unburied) else None
+
+        self._change(change)
 
     def find(self, id: str) -> Tombstone | None:
         """The tombstone of this id.
@@ -112,10 +135,11 @@ class Tombstones:
         signature = self._signature()
         if signature is None or signature != self._seen:
             try:
-                self._cache = _stones(self._document.read())
+                fields = self._document.read()
+                self._cache, self._unburied = _stones(fields), _unburied(fields)
             except DocumentBroken as error:
                 log.error("tombstones.unreadable", extra={"problem": str(error)})
-                self._cache = {}
+                self._cache, self._unburied = {}, []
             # Taken before reading: a change in between is read again next time.
             self._seen = signature
         return self._cache
@@ -130,6 +154,11 @@ class Tombstones:
 
 def _entries(fields: Fields | None) -> list[Fields]:
     return list(fields["tombstones"]) if fields else []
+
+
+def _unburied(fields: Fields | None) -> list[str]:
+    found = (fields or {}).get("unburied")
+    return [id for id in found if isinstance(id, str)] if isinstance(found, list) else []
 
 
 def _stones(fields: Fields | None) -> dict[str, Tombstone]:

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.documents import Document
 from storage.errors import (
     DocumentBroken,
     DocumentError,
@@ -24,6 +25,7 @@ from storage.errors import (
     RecordExists,
     RecordMissing,
 )
+from storage.hold import Hold
 from storage.sessions import Sessions, StateRecord, Wanted
 
 
@@ -192,6 +194,101 @@ def test_what_was_enqueued_for_a_deleted_session_is_held_when_its_id_is_used_aga
     assert sessions.hold("sales").before() == 3.0
     assert sessions.hold("sales").release()
     assert not sessions.hold("sales").release()
+    assert sessions.hold("sales").before() is None
+
+
+def used(data: Path) -> Sessions:
+    """A folder in which the session sales was deleted."""
+    sessions = Sessions(data)
+    made(sessions)
+    sessions.tombstones.add("sales", None, "operator", 2.0)
+    sessions.remove("sales")
+    return sessions
+
+
+def adopted(sessions: Sessions, *, now: float) -> None:
+    wanted = Wanted(generation=1, network="sandbox", run="stop", created_at=now, touched_at=now)
+    state = StateRecord(generation=1, state="stopped", since=now)
+    sessions.adopt("sales", sessions.incoming(), wanted, state)
+
+
+def created(sessions: Sessions, *, now: float) -> None:
+    sessions.create("sales", network="sandbox", now=now)
+
+
+Make = Callable[..., None]
+
+
+@pytest.mark.parametrize("make", [created, adopted])
+@pytest.mark.parametrize(
+    ("place", "name"), [(Hold, "put"), (Path, "mkdir"), (Path, "rename"), (Document, "write")]
+)
+def test_an_id_used_again_is_held_though_its_first_creation_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, place: type, name: str
+) -> None:
+    sessions = used(tmp_path / "data")
+
+    def fail(self: Any, *_: Any, **__: Any) -> None:
+        path = self if isinstance(self, Path) else Path("queue.json")
+        if name != "mkdir" or path.name == "sales":
+            raise OSError(28, "the disk is full") if place is Path else full(path)
+
+    def full(path: Path) -> Exception:
+        return DocumentUnwritable(path, "not saved: the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fail)
+        with contextlib.suppress(DocumentUnwritable):
+            make(sessions, now=100.0)
+    if sessions.wanted("sales") is None:
+        make(sessions, now=101.0)
+    assert sessions.hold("sales").before() in (100.0, 101.0)
+
+
+@pytest.mark.parametrize("make", [created, adopted])
+def test_an_id_used_again_is_held_wherever_its_creation_was_killed(
+    tmp_path: Path, make: Make
+) -> None:
+    step = 0
+    while True:
+        sessions = used(tmp_path / str(step))
+        was_killed = faults.killed_at(
+            step,
+            lambda sessions=sessions: make(sessions, now=100.0),
+            also=[(Path, "mkdir"), (Path, "rename")],
+        )
+        found = sessions.wanted("sales")
+        assert found is None or found.run != "delete"
+        if found is None:
+            make(sessions, now=101.0)
+        assert sessions.hold("sales").before() in (100.0, 101.0)
+        assert sessions.tombstones.find("sales") is None
+        if not was_killed:
+            break
+        step += 1
+    assert step > 15
+
+
+@pytest.mark.parametrize("make", [created, adopted])
+def test_nobody_ever_finds_a_session_that_is_created_again_to_be_deleted(
+    tmp_path: Path, make: Make
+) -> None:
+    sessions, seen = used(tmp_path / "data"), []
+
+    def look(name: str, arguments: tuple[Any, ...]) -> None:
+        wanted = Sessions(sessions.data_dir).wanted("sales")
+        seen.append(wanted and wanted.run)
+
+    with faults.before_each_step(look):
+        make(sessions, now=100.0)
+    assert None in seen and "delete" not in seen
+
+
+def test_an_id_is_held_for_each_deletion_once(tmp_path: Path) -> None:
+    sessions = used(tmp_path / "data")
+    created(sessions, now=100.0)
+    sessions.remove("sales")  # as of one that was never linked
+    created(sessions, now=200.0)
     assert sessions.hold("sales").before() is None
 
 

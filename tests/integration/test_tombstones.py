@@ -22,9 +22,10 @@ def test_a_tombstone_is_found_by_others_at_once(tmp_path: Path) -> None:
     assert other.find("a") is None
     made = one.add("a", "hash", "operator", 5.0)
     assert made == Tombstone("a", "hash", "operator", 5.0) == other.find("a")
-    assert other.remove("a")
+    assert other.unbury("a")
     assert one.find("a") is None
-    assert not one.remove("a")
+    other.forget("a")
+    assert not one.unbury("a")
 
 
 def test_adding_an_id_again_changes_nothing(tmp_path: Path) -> None:
@@ -32,6 +33,34 @@ def test_adding_an_id_again_changes_nothing(tmp_path: Path) -> None:
     first = tombstones.add("a", "hash", "operator", 5.0)
     assert tombstones.add("a", None, "purge", 9.0) == first
     assert tombstones.all() == [first]
+
+
+def test_that_an_id_was_used_is_remembered_until_its_creation_is_done(tmp_path: Path) -> None:
+    one, other = (Tombstones(tmp_path / "tombstones.json", 1000) for _ in range(2))
+    assert not one.unbury("a")
+    one.add("a", None, "", 1.0)
+    for _ in range(2):
+        assert other.unbury("a")
+        assert one.find("a") is None
+        one.add("b", None, "", 2.0)
+        other.unbury("c")
+    again = one.add("a", None, "purge", 3.0)
+    one.forget("a")
+    assert other.find("a") == again, "a deletion that came since is not forgotten"
+
+
+@pytest.mark.parametrize("damage", [None, 7, "a", {"a": 1}, [7, None]])
+def test_what_lies_in_the_place_of_unburied_ids_hurts_no_deletion(
+    tmp_path: Path, damage: object
+) -> None:
+    path = tmp_path / "tombstones.json"
+    filled(path, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "unburied": damage}))
+    tombstones = Tombstones(path, 1000)
+    assert tombstones.find("s0") is not None
+    assert not tombstones.unbury("a")
+    tombstones.forget("a")
+    assert tombstones.unbury("s0") and tombstones.unbury("s0")
 
 
 @pytest.mark.parametrize(("count", "kept"), [(998, 999), (999, 1000), (1000, 1000)])
