@@ -17,6 +17,8 @@ from whatsapp_worker.errors import SettingsError
 
 Network = Literal["whatsapp", "sandbox"]
 
+_NEAR = 0.85  # of difflib: a few letters more, fewer or other
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -404,6 +406,16 @@ class Settings:
 def declarations() -> dict[str, Declaration]:
     """Attribute name to declaration, in the order of the table."""
     return {field.name: field.metadata["declaration"] for field in dataclasses.fields(Settings)}
+
+
+def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
+    """Names in an environment that nobody reads, each with the setting that it resembles."""
+    import difflib  # only commands look
+
+    ours = [declaration.variable for declaration in declarations().values()]
+    others = (name for name in sorted(environ) if name not in ours)
+    near = {name: difflib.get_close_matches(name.upper(), ours, 1, _NEAR) for name in others}
+    return {name: found[0] for name, found in near.items() if found}
 
 
 def _defaults() -> dict[str, Any]:

@@ -431,6 +431,14 @@ def test_too_few_open_files_are_found():
     assert low.verdict == "problem" and "hard limit" in low.remedy
 
 
+def test_a_misspelt_setting_is_a_warning(settings, monkeypatch):
+    assert worst(settings, "settings").verdict == "ok"
+    monkeypatch.setenv("PACE_PER_MIN", "5")
+    finding = worst(settings, "settings")
+    assert finding.verdict == "warning"
+    assert "PACE_PER_MIN " in finding.sentence and "PACE_PER_MINUTE" in finding.remedy
+
+
 def test_a_missing_ffmpeg_is_a_warning(settings, monkeypatch):
     monkeypatch.setattr(host.shutil, "which", lambda name: None)
     assert worst(settings, "ffmpeg").verdict == "warning"

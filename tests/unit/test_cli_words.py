@@ -120,6 +120,14 @@ def test_bad_settings_are_listed_all_at_once(monkeypatch, capsys):
     assert "SEND_TIMEOUT_S" in told.err and "MAX_SESSIONS" in told.err
 
 
+def test_a_setting_whose_name_is_misspelt_is_told_beside_the_table(monkeypatch, capsys):
+    monkeypatch.setenv("MAX_SESION", "5")
+    assert main(["settings", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "MAX_SESION is not read; is MAX_SESSIONS meant?" in told.err
+    assert "MAX_SESION" not in told.out.replace("MAX_SESSIONS", "")
+
+
 def test_settings_tell_value_origin_and_unit_and_hide_passwords(monkeypatch, capsys):
     monkeypatch.setenv("REDIS_URL", "redis://user:hunter2@redis.example/0")
     assert main(["settings", "--json"]) == 0

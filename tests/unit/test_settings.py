@@ -9,7 +9,7 @@ import pytest
 
 import whatsapp_worker
 from whatsapp_worker.errors import SettingsError
-from whatsapp_worker.settings import Settings, declarations, mask
+from whatsapp_worker.settings import Settings, declarations, mask, misspelt
 
 
 def test_an_empty_environment_gives_the_documented_defaults():
@@ -83,6 +83,19 @@ def test_urls_are_shown_as_they_are_written():
 
 def test_an_empty_variable_counts_as_absent():
     assert Settings.read({"REDIS_URL": " "}).redis_url is None
+
+
+def test_names_that_are_nearly_ours_are_found_and_no_others():
+    meant = {
+        "PACE_PER_MIN": "PACE_PER_MINUTE",
+        "MAX_SESION": "MAX_SESSIONS",
+        "SEND_TIMEOUT": "SEND_TIMEOUT_S",
+        "max_sessions": "MAX_SESSIONS",
+    }
+    ours = [declaration.variable for declaration in declarations().values()]
+    others = "PATH HOME LOGNAME HOSTNAME LANG TERM SHELL XDG_DATA_DIRS HTTPS_PROXY REDIS_HOST"
+    others += " SESSION_PASSPHRASE DB_HOST PGHOST SENTRY_RELEASE SENTRY_ENVIRONMENT LOGS S _"
+    assert misspelt(dict.fromkeys([*meant, *ours, *others.split()], "1")) == meant
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e400"])

@@ -3,12 +3,14 @@
 import os
 
 from whatsapp_worker.cli.arguments import Options
-from whatsapp_worker.cli.terminal import columns, emit, paint
-from whatsapp_worker.settings import Settings
+from whatsapp_worker.cli.terminal import columns, emit, paint, talk
+from whatsapp_worker.settings import Settings, misspelt
 
 
 def show(options: Options, settings: Settings) -> int:
     """Serve `settings`."""
+    for name, near in misspelt(os.environ).items():
+        talk(f"{name} is not read; is {near} meant?")
     rows = settings.table(os.environ)
     if options.json:
         for row in rows:

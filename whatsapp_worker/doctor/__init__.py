@@ -25,6 +25,7 @@ CHECKS: dict[str, Check] = {
     "database": services.check_database,
     "clock": services.check_clock,
     "ports": host.check_ports,
+    "settings": host.check_environment,
     "open-files": host.check_open_files,
     "ffmpeg": host.check_ffmpeg,
     "neonize": host.check_neonize,

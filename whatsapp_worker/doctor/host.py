@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from whatsapp_worker.doctor.finding import Finding, ok, problem, warning
 from whatsapp_worker.process import open_files_needed
 from whatsapp_worker.redis_server import SOCKET_PATH_MAX
-from whatsapp_worker.settings import Settings
+from whatsapp_worker.settings import Settings, misspelt
 
 WHATSAPP = ("web.whatsapp.com", 443)
 DIAL_S = 3.0
@@ -87,6 +87,15 @@ def judge_open_files(hard: int, *, max_sessions: int) -> Finding:
         f"A process may open {hard} files; MAX_SESSIONS={max_sessions} needs {need}.",
         "Raise the hard limit (LimitNOFILE= in systemd, ulimit -Hn), or lower MAX_SESSIONS",
     )
+
+
+def check_environment(settings: Settings) -> list[Finding]:
+    """No variable looks like a setting whose name is misspelt."""
+    found = misspelt(os.environ).items()
+    return [
+        warning("settings", f"{name} is set, and nobody reads it.", f"Rename it if {near} is meant")
+        for name, near in found
+    ] or [ok("settings", "No variable looks like a misspelt setting.")]
 
 
 def check_ffmpeg(settings: Settings) -> list[Finding]:
