@@ -45,6 +45,8 @@ FORCED_MEMORY = 1.5  # times the limit
 _LONG_AGO = float("-inf")
 _WORKING = frozenset({State.CONNECTING, State.CONNECTED, State.RECONNECTING, State.FAILED})
 _WAITING = frozenset(State) - {State.CONNECTING, State.CONNECTED, State.DELETED}
+# Without a process these go on by themselves, so there a dial is always due.
+_UNDER_WAY = frozenset({State.LINKING, State.CONNECTING, State.CONNECTED, State.RECONNECTING})
 _TRIGGERS = {
     EndingKind.LOGGED_OUT: Trigger.LOGGED_OUT,
     EndingKind.REPLACED: Trigger.REPLACED,
@@ -191,8 +193,6 @@ class ManagedSession:
                 return
             case _:
                 self._start(now)
-        if self.state is State.CONNECTED:
-            self._status.move(Trigger.DIAL, None)
 
     def want(self, wanted: Wanted, now: float) -> None:
         """Operators changed their mind."""
@@ -232,10 +232,10 @@ class ManagedSession:
             self._link.give_up(Reason.QR_EXPIRED, now)
         elif pairs and not self._host.has_room(self.id):
             self._link.give_up(Reason.CAPACITY, now)
-        elif not pairs and self.state is State.CONNECTED:
-            self._link.succeed(now)
         elif not pairs and self.process is None:
             self._start(now)
+        elif not pairs and self.state is State.CONNECTED:
+            self._link.succeed(now)
 
     def _is_new(self, request: str | None, kind: str) -> bool:
         return bool(request) and request != self.record.fields.get(kind)
@@ -321,6 +321,8 @@ class ManagedSession:
             self._pursue_pairing(now)
         else:
             self._pursue_running(now)
+        if self.process is None and self.state is State.CONNECTED:
+            self._status.move(Trigger.DIAL, None)  # the next process may be some time in coming
 
     def _rest(self, now: float, reason: Reason) -> None:
         if self.process is not None:
@@ -340,6 +342,8 @@ class ManagedSession:
             self._link.started(self.process)
 
     def _pursue_running(self, now: float) -> None:
+        if self.process is None and self.due_at is None and self.state in _UNDER_WAY:
+            self.due_at = now
         if self._link.is_late(now):
             self._link.give_up(self.reason or Reason.CONNECTION_FAILED, now)
         if self._logout is not None:
@@ -365,8 +369,10 @@ class ManagedSession:
 
     def _pursue_logout(self, logout: LogoutAttempt, now: float) -> None:
         process = self.process
-        if self.state is State.LOGGED_OUT or (process is None and not self._has_credentials()):
+        if self.state is State.LOGGED_OUT:
             self._logout = None
+        elif process is None and not self._has_credentials():
+            self._logout, self.due_at = None, now  # which comes to rest without a dial
         elif now > logout.deadline:
             log.warning("session.logout_failed", extra={"session": self.id})
             self._logout = None

@@ -178,7 +178,7 @@ TABLE: dict[State, dict[Trigger, State]] = {
     # A link attempt that fails leaves the session where it was before.
     State.LINKING: {**_BEGIN, **_UNPAIRED, **_ENDS},
     State.CONNECTING: {**_BEGIN, **_UNPAIRED, **_ENDS, **_LOSSES, Trigger.LOGIN: State.CONNECTED},
-    State.CONNECTED: {**_BEGIN, **_ENDS, **_LOSSES},
+    State.CONNECTED: {**_BEGIN, **_UNPAIRED, **_ENDS, **_LOSSES},
     State.RECONNECTING: {**_BEGIN, **_UNPAIRED},
     State.FAILED: {**_BEGIN, **_UNPAIRED},
     State.LOGGED_OUT: {**_BEGIN},

@@ -150,6 +150,20 @@ def test_logout_takes_the_device_off_the_phones_list_and_a_link_brings_it_back(
     assert len(connections(world)) == dials + 3  # pairing, its own login, ours
 
 
+def test_a_session_whose_credentials_are_gone_is_not_called_connected_after_a_restart(
+    world: World,
+) -> None:
+    world.link("sales")
+    for path in (world.data / "sessions" / "sales").glob("device.db*"):
+        path.unlink()
+    done = world.run("restart", "sales", "--json")
+    assert json.loads(done.stdout) == {"session": "sales", "state": "unlinked"}
+    assert done.returncode == 1 and "whatsapp-worker link sales" in done.stderr
+    row = world.session("sales")
+    assert (row["state"], row["pid"]) == ("unlinked", None)
+    world.link("sales")
+
+
 def test_delete_offline_tries_thirty_seconds_and_says_that_the_phone_still_lists_it(
     world: World,
 ) -> None:

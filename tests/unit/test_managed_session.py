@@ -771,6 +771,98 @@ def test_a_slow_disk_is_written_to_less_often(
     assert play.saved.state == "reconnecting", "a state is written at once"
 
 
+def test_a_connected_session_whose_credentials_are_gone_is_unlinked_once_its_process_ends(
+    play: Play,
+) -> None:
+    play.start()
+    play.want(restart="x1")
+    (play.folder / "device.db").unlink()
+    assert play.exit(Ending(EndingKind.STOPPED)) is State.UNLINKED
+    assert (play.saved.state, play.saved.pid) == ("unlinked", None)
+    assert play.saved.generation == play.wanted.generation
+    link(play)
+    assert play.session.state is State.LINKING
+
+
+def test_a_logout_that_nobody_confirmed_though_the_credentials_are_gone_ends_unlinked(
+    play: Play,
+) -> None:
+    play.start()
+    play.want(logout="l1")
+    with sqlite3.connect(play.folder / "device.db") as database:
+        database.execute("DELETE FROM whatsmeow_device")
+    database.close()
+    assert play.exit(Ending(EndingKind.STOPPED)) is State.UNLINKED
+    assert play.saved.generation == play.wanted.generation
+
+
+@pytest.mark.parametrize("state", sorted(set(State) - {State.DELETED}))
+def test_a_session_without_credentials_comes_to_rest_whatever_it_was(
+    tmp_path: Path, state: State
+) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    play.host.sessions.put_state("sales", replace(play.session.record, state=state))
+    play.resume()
+    play.want(why="start")
+    rests_in = state if state is State.LOGGED_OUT else State.UNLINKED
+    assert play.tick(1) is rests_in
+    assert play.saved.generation == play.wanted.generation
+    assert play.kinds == []
+
+
+def test_a_session_without_a_process_is_not_called_connected_while_it_waits_for_the_next(
+    play: Play,
+) -> None:
+    play.start()
+    play.host.gate = False
+    play.want(restart="x1")
+    assert play.exit(Ending(EndingKind.STOPPED)) is State.CONNECTING
+    assert (play.saved.state, play.saved.pid) == ("connecting", None)
+    play.host.gate = True
+    play.tick(1)
+    assert play.say("connected") is State.CONNECTED
+    states = [payload["state"] for _, payload in play.host.events]
+    assert states == ["connecting", "connected"] * 2, "each is told once"
+
+
+def test_the_login_after_a_logout_that_was_refused_is_noticed(play: Play) -> None:
+    play.start()
+    play.want(logout="l1")
+    play.exit(Ending(EndingKind.STOPPED))
+    play.tick(2.5)  # the process is there, early
+    play.tick(1)
+    assert play.say("connected") is State.CONNECTED
+    assert play.host.logins == 2
+    assert play.session.due_at is None
+
+
+def test_a_session_that_could_not_pair_in_time_goes_on_with_its_old_credentials(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(play.host, "spawn", lambda *_: None)
+        link(play, again=True)
+        assert play.exit(Ending(EndingKind.STOPPED)) is State.CONNECTING
+        play.tick(181)
+        assert play.saved.link["result"] == "failed"
+    play.tick(1)
+    assert play.kinds == ["device", "device"]
+
+
+def test_a_link_is_not_answered_by_the_connection_of_an_earlier_supervisor(play: Play) -> None:
+    play.start()
+    asked = {"request": "r1", "method": "qr", "phone": None, "again": False}
+    play.wanted = play.host.sessions.want(
+        "sales", lambda wanted: replace(wanted, link=asked), now=play.host.wall()
+    )
+    play.resume()
+    assert play.tick() is State.CONNECTING
+    assert play.saved.link is None
+    play.say("connected", phone="1")
+    assert play.saved.link["result"] == "linked"
+
+
 def test_a_supervisor_that_leaves_calls_nothing_connected(play: Play) -> None:
     play.start()
     play.session.leave(play.host.now, drain_s=8)

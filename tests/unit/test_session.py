@@ -46,6 +46,11 @@ def test_every_state_can_be_deleted_and_none_comes_back(state: State) -> None:
     assert set(TABLE[State.DELETED].values()) == {State.DELETED}
 
 
+def test_every_state_but_those_that_say_so_already_can_turn_out_to_have_no_credentials() -> None:
+    for state in set(State) - {State.UNLINKED, State.LOGGED_OUT, State.DELETED}:
+        assert step(state, Trigger.UNPAIRED) is State.UNLINKED
+
+
 def test_every_state_can_be_reached_from_unlinked() -> None:
     reached, frontier = {State.UNLINKED}, [State.UNLINKED]
     while frontier:
