@@ -59,8 +59,8 @@ class Wanted:
         network: The network that the session lives on; it runs on no other.
         run: `run`, `stop` or `delete`.
         link: The last link request: request (uuid), method (qr or phone), phone, again; or None.
-        logout: The last logout request (uuid); or None.
-        restart: The last restart request (uuid); or None.
+        logout: The last logout request (uuid); None also where a later command took it back.
+        restart: The last restart request (uuid); None likewise.
         created_at: Unix seconds; jobs from before it were meant for an earlier session.
         touched_at: Unix seconds of the last operator command.
         why: Who or what asked for the last change, for people.

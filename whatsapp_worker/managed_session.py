@@ -175,11 +175,11 @@ class ManagedSession:
         """Take up what an earlier supervisor left."""
         self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
         self._link.hide()
-        if self.wanted.run != "run":
-            return
         is_behind = self.record.generation < self.wanted.generation
         if is_behind or self._link.is_new(self.wanted.link):
             self.want(self.wanted, now)
+        if self.wanted.run != "run":
+            return
         if self._is_at_home and not self._link.is_open and self.due_at is None:
             self._resume_running(now)
 
@@ -195,8 +195,15 @@ class ManagedSession:
                 self._start(now)
 
     def want(self, wanted: Wanted, now: float) -> None:
-        """Operators changed their mind."""
+        """Operators changed their mind; of several commands the last counts.
+
+        What is asked for here is handled now or superseded, and never done later.
+        """
         self.wanted = wanted
+        is_logout = self._take_up("logout", wanted.logout)
+        is_restart = self._take_up("restart", wanted.restart)
+        if wanted.run != "run" or is_logout:  # a link that came later would have taken these back
+            self._link.refuse(wanted.link, Reason.OPERATOR, now)
         if wanted.run != "run" or not self._is_at_home:
             self._link.give_up(Reason.OPERATOR, now)
             self._logout, self.due_at = None, None
@@ -204,20 +211,19 @@ class ManagedSession:
             return
         if not self._link.is_of(wanted.link):
             self._link.give_up(Reason.OPERATOR, now)
-        if self._link.is_new(wanted.link):
+        is_link = self._link.is_new(wanted.link)
+        if is_link:
             self._begin_link(wanted.link or {}, now)
-        elif not self._is_at_home:
+        if not self._is_at_home:
             return
-        elif self._is_new(wanted.logout, "logout"):
-            self._note_handled("logout", wanted.logout)
+        if is_logout:
             self._logout = LogoutAttempt(wanted.logout, now + LOGOUT_ATTEMPT_S)
             if self.process is None and self.state is not State.LOGGED_OUT:
                 self._start(now)
-        elif self._is_new(wanted.restart, "restart"):
-            self._note_handled("restart", wanted.restart)
+        elif is_restart:
             self._is_restarting = self.process is not None
             self._start(now)
-        elif self.process is None and not self._link.is_open:
+        elif not is_link and self.process is None and not self._link.is_open:
             self._start(now)
 
     def _begin_link(self, link: Mapping[str, Any], now: float) -> None:
@@ -237,11 +243,12 @@ class ManagedSession:
         elif not pairs and self.state is State.CONNECTED:
             self._link.succeed(now)
 
-    def _is_new(self, request: str | None, kind: str) -> bool:
-        return bool(request) and request != self.record.fields.get(kind)
-
-    def _note_handled(self, kind: str, request: object) -> None:
+    def _take_up(self, kind: str, request: str | None) -> bool:
+        """Note a request as handled; whether it is new."""
+        if not request or request == self.record.fields.get(kind):
+            return False
         self._status.set(fields={**self.record.fields, kind: request})
+        return True
 
     def _start(self, now: float) -> None:
         """Dial now, with a clean slate."""

@@ -128,6 +128,13 @@ class SessionLink:
         if self._attempt is not None:
             self._finish(self._attempt, "failed", reason, now)
 
+    def refuse(self, link: Mapping[str, Any] | None, reason: Reason, now: float) -> None:
+        """Give up what is under way, and answer this request in case it is new."""
+        self.give_up(reason, now)
+        if link is not None and self.is_new(link):
+            self.begin(link, age_s=0.0, pairs=False, now=now)
+            self.give_up(reason, now)
+
     def succeed(self, now: float) -> None:
         """The session is logged in, which answers an attempt that does not pair."""
         if self._attempt is not None and not self._attempt.pairs:

@@ -150,6 +150,24 @@ def test_logout_takes_the_device_off_the_phones_list_and_a_link_brings_it_back(
     assert len(connections(world)) == dials + 3  # pairing, its own login, ours
 
 
+def wanted(world: World) -> dict[str, Any]:
+    return dict(json.loads((world.data / "sessions" / "sales" / "wanted.json").read_text()))
+
+
+def test_a_logout_that_a_start_took_back_is_not_done_later(world: World) -> None:
+    phone = world.link("sales")
+    assert world.supervisor is not None
+    world.supervisor.send_signal(signal.SIGSTOP)  # so that it finds both at one look
+    asked = []
+    for verb in ("logout", "start"):
+        asked.append(world.spawn(verb, "sales"))
+        eventually(lambda: wanted(world)["why"] == verb, what="it is recorded")  # noqa: B023
+    world.supervisor.send_signal(signal.SIGCONT)
+    assert [process.wait(60) for process in asked] == [1, 0]
+    assert operate(world, "restart")["state"] == "connected"
+    assert len(world.control.devices(phone)) == 1
+
+
 def test_a_session_whose_credentials_are_gone_is_not_called_connected_after_a_restart(
     world: World,
 ) -> None:

@@ -183,6 +183,26 @@ def test_an_operation_waits_for_its_state_and_tells_it(sessions, capsys, command
     assert row(capsys) == {"session": "sales", "state": state}
 
 
+@pytest.mark.parametrize(
+    ("command", "done_without"),
+    [
+        ("start", {"logout"}),
+        ("restart", {"logout"}),
+        ("link", {"logout"}),
+        ("logout", {"restart"}),
+        ("stop", {"logout", "restart"}),
+    ],
+)
+def test_a_command_takes_back_what_it_supersedes(sessions, capsys, command, done_without):
+    make(sessions, "sales", "stopped")
+    asked = {"logout": "l1", "restart": "x1"}
+    sessions.want("sales", lambda wanted: dataclasses.replace(wanted, **asked))
+    main([command, "sales", "--json"])  # no supervisor runs: it is recorded
+    wanted = sessions.wanted("sales")
+    left = {name for name, request in asked.items() if getattr(wanted, name) == request}
+    assert left == asked.keys() - done_without - {command}
+
+
 def test_an_operation_that_is_not_done_in_time_says_so(sessions, capsys, monkeypatch):
     monkeypatch.setenv("CONNECT_TIMEOUT_S", "1")
     monkeypatch.setattr(operate, "_SLACK_S", 0.0)

@@ -466,6 +466,80 @@ def test_logout_of_a_failed_session_dials_for_it(play: Play) -> None:
     assert orders(play) == [{"order": "logout"}]
 
 
+def ask(play: Play, **changes: Any) -> None:
+    """What a command writes, before the supervisor looks."""
+    play.wanted = play.host.sessions.want(
+        "sales", lambda wanted: replace(wanted, **changes), now=play.host.wall()
+    )
+
+
+LINK = {"request": "r1", "method": "qr", "phone": None, "again": False}
+
+
+def test_a_logout_that_was_asked_for_after_a_link_is_done_instead(play: Play) -> None:
+    play.start()
+    ask(play, link=LINK)
+    play.want(logout="l1")
+    assert (play.saved.link["result"], play.saved.link["reason"]) == ("failed", "operator")
+    assert orders(play) == [{"order": "logout"}]
+    play.exit(Ending(EndingKind.LOGGED_OUT, Reason.LOGGED_OUT))
+    assert play.saved.generation == play.wanted.generation
+
+
+def test_a_link_and_a_restart_at_one_look_are_both_done(play: Play) -> None:
+    play.start()
+    ask(play, link=LINK)
+    play.want(restart="x1")
+    assert play.saved.link["result"] == "linked"
+    assert orders(play)[-1]["order"] == "stop"
+    play.exit(Ending(EndingKind.STOPPED))
+    play.say("connected")
+    play.want(why="start")
+    assert orders(play) == [], "once"
+    assert play.kinds == ["device", "device"]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_what_a_stop_superseded_is_not_done_when_the_session_starts_again(
+    tmp_path: Path, is_running: bool
+) -> None:
+    play = Play(FakeHost(tmp_path))
+    if is_running:
+        play.start()
+    ask(play, link={**LINK, "again": True}, logout="l1", restart="x1")
+    if is_running:
+        play.want(run="stop")
+        play.exit(Ending(EndingKind.STOPPED))
+    else:
+        ask(play, run="stop")
+        play.resume()
+        play.tick()
+    assert (play.saved.link["result"], play.saved.link["reason"]) == ("failed", "operator")
+    play.want(run="run")
+    assert play.kinds[-1] == "device"
+    assert orders(play) == []
+    play.say("connected")
+    assert not play.session.is_logging_out
+
+
+def test_what_was_asked_for_on_the_other_network_is_not_done_later(play: Play) -> None:
+    play.want(network="whatsapp")
+    play.want(logout="l1")
+    play.want(network="sandbox", why="start")
+    assert play.tick() is State.CONNECTING
+    assert orders(play) == []
+
+
+def test_a_logout_ends_a_link_under_way(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    link(play)
+    play.want(logout="l1")
+    assert play.saved.link["reason"] == "operator"
+    assert play.exit(None, status=9) is State.UNLINKED
+    assert play.saved.generation == play.wanted.generation
+    assert not play.session.is_logging_out
+
+
 def orders(play: Play) -> list[dict[str, Any]]:
     assert play.host.far is not None
     return play.host.far.receive() or []

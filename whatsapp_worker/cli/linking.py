@@ -139,7 +139,8 @@ class Attempt:
             self._create()
 
         def change(wanted: Wanted) -> Wanted:
-            return dataclasses.replace(wanted, run="run", link=self._link, why="link")
+            # The last command counts: a logout that nobody has begun is taken back.
+            return dataclasses.replace(wanted, run="run", link=self._link, logout=None, why="link")
 
         return sessions.want(self._session, change, now=time.time())
 

@@ -46,7 +46,7 @@ class Operation:
     """One verb: what it changes, and when it is done.
 
     Attributes:
-        change: The record that says what is wanted now.
+        change: The record that says what is wanted now; what it supersedes is taken back.
         judge: Gets the state before and now (None: the session is gone); True when it is so,
             False when it never will be, None while it may still become so.
         timeout_s: Longest wait in seconds.
@@ -67,7 +67,9 @@ def stop(options: Options, settings: Settings) -> int:
     """Serve `stop`."""
     operation = Operation(
         "stop",
-        lambda wanted: dataclasses.replace(wanted, run="stop", why="stop"),
+        lambda wanted: dataclasses.replace(
+            wanted, run="stop", logout=None, restart=None, why="stop"
+        ),
         lambda _, now: (now is not None and now.state == State.STOPPED) or None,
         settings.shutdown_timeout_s + _SLACK_S,
     )
@@ -86,7 +88,9 @@ def restart(options: Options, settings: Settings) -> int:
 
     operation = Operation(
         "restart",
-        lambda wanted: dataclasses.replace(wanted, run="run", restart=request, why="restart"),
+        lambda wanted: dataclasses.replace(
+            wanted, run="run", logout=None, restart=request, why="restart"
+        ),
         judge,
         settings.shutdown_timeout_s + begin.timeout_s,
     )
@@ -100,7 +104,9 @@ def logout(options: Options, settings: Settings) -> int:
     operation = Operation(
         "logout",
         # A stopped session must run once more to tell WhatsApp.
-        lambda wanted: dataclasses.replace(wanted, run="run", logout=request, why="logout"),
+        lambda wanted: dataclasses.replace(
+            wanted, run="run", logout=request, restart=None, why="logout"
+        ),
         lambda _, now: now is not None and now.state in done,
         _DISCONNECT_S + settings.shutdown_timeout_s + _SLACK_S,
     )
@@ -123,7 +129,9 @@ def delete(options: Options, settings: Settings) -> int:
 def _start(settings: Settings, *, force: bool = False) -> Operation:
     def change(wanted: Wanted) -> Wanted:
         exported_at = None if force else wanted.exported_at
-        return dataclasses.replace(wanted, run="run", exported_at=exported_at, why="start")
+        return dataclasses.replace(
+            wanted, run="run", logout=None, exported_at=exported_at, why="start"
+        )
 
     def judge(before: StateRecord | None, now: StateRecord | None) -> bool | None:
         if now is None:
