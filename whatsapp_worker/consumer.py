@@ -55,10 +55,10 @@ from whatsapp_worker.keys import message_secret, number_hash
 from whatsapp_worker.message import Outgoing
 from whatsapp_worker.outbox import Finished, Outbox
 from whatsapp_worker.pacer import LIMITED, Pacer, pace_of
-from whatsapp_worker.rq_job import RESTING, Job, Outcome
+from whatsapp_worker.rq_job import NOT_CONNECTED, PAUSED, RESTING, Job, Outcome
 from whatsapp_worker.send_errors import Kind, classify, in_words, upload_in_words
 from whatsapp_worker.settings import Settings
-from whatsapp_worker.stored_breakers import DATABASE_AWAY, PAUSED, SENDS_FAILED, Breakers
+from whatsapp_worker.stored_breakers import DATABASE_AWAY, SENDS_FAILED, Breakers
 
 log = logging.getLogger(__name__)
 
@@ -737,7 +737,7 @@ class Consumer:
         """This attempt was certainly not sent; but one before it may have been."""
         failed = Settlement(claim.message_id, Status.FAILED, error=error)
         if claimed.attempt > 1:
-            self._know_unsent(job, claim, recovery.RESTING)
+            self._know_unsent(job, claim, RESTING)
             doubtful = self._with_ledger(lambda: self._ledger.doubtful(claim.message_id))
             failed = honest(failed, doubtful)
         return Outcome(
@@ -752,7 +752,7 @@ class Consumer:
         anything, which may be away until this process ends.
 
         Args:
-            error: One of `recovery.RELEASED`: should nothing follow, it is sent again.
+            error: One of `rq_job.RELEASED`: should nothing follow, it is sent again.
         """
         unsent = Outcome(Status.FAILED, error=error, claimed_at=claim.now)
         settlement = recovery.settlement(claim.message_id, unsent)
@@ -772,7 +772,7 @@ class Consumer:
         if kind.is_transport_fault:
             self._breaker.failed(kind.value)
         if kind in (Kind.NOT_CONNECTED, Kind.LOGGED_OUT):
-            self._release(job, claim, recovery.NOT_CONNECTED)
+            self._release(job, claim, NOT_CONNECTED)
         if kind in _ENDINGS:
             raise _Leave(_ENDINGS[kind])
         if kind is Kind.STOP_SENDING:

@@ -41,7 +41,7 @@ from whatsapp_worker.keys import (
 )
 from whatsapp_worker.rq_job import (
     MAX_HASH,
-    RESTING,
+    RELEASED,
     Job,
     JobRefused,
     Outcome,
@@ -769,7 +769,7 @@ def _noted(job: Job) -> Outcome | None:
     """How the message ended, as the process noted that had it in hand; not what a CRM wrote there,
     which has no time of a claim, nor the refusal of an attempt that another may have followed."""
     noted = job.outcome
-    if noted is None or noted.status in (Status.QUEUED, Status.SENDING) or noted.error == RESTING:
+    if noted is None or noted.status in (Status.QUEUED, Status.SENDING) or noted.error in RELEASED:
         return None
     return noted if isinstance(noted.claimed_at, float) else None
 

@@ -21,8 +21,7 @@ from whatsapp_worker.device_store import DeviceStoreBroken, DeviceStoreUnavailab
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keys import number_hash
 from whatsapp_worker.outbox import Finished, Outbox
-from whatsapp_worker.rq_job import RESTING, Job, Outcome, TextWiped
-from whatsapp_worker.stored_breakers import PAUSED
+from whatsapp_worker.rq_job import NOT_HANDED_OVER, RELEASED, RESTING, Job, Outcome, TextWiped
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +30,6 @@ HandedOver = Callable[[Iterable[bytes]], Mapping[bytes, str]]
 MAX_RELEASES = 10  # a message that ends its process before it is handed over, again and again
 MAX_RESENDS = 2  # of a message that says on_unknown="resend"
 
-# A row `failed` with one of these was certainly never sent, and its job waits at the head.
-NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
-NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
-RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED, RESTING)
 HANDED_OVER = "it was handed over, and WhatsApp's answer never came; a receipt settles it"
 TOO_LATE = "its time was over before it could be sent"
 UNLINKED = "the device was unlinked before WhatsApp's answer came; nobody knows whether it was sent"

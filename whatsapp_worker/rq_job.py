@@ -25,8 +25,13 @@ from whatsapp_worker.message import Outgoing, readable_metadata, validate
 MAX_PAYLOAD = 1_048_576  # bytes of `data`, inflated
 MAX_META = 65_536  # bytes, as a producer wrote it; with our outcome up to MAX_PAYLOAD
 MAX_HASH = 4 * MAX_PAYLOAD  # bytes of all fields together
-# What is noted in a job's meta of an attempt that is to be followed by another.
+# What is noted of an attempt that is to be followed by another: a row `failed` with one of these
+# was certainly never sent, and its job waits at the head.
+NOT_HANDED_OVER = "the process ended before it was handed over; it is sent again"
+NOT_CONNECTED = "the connection was lost before it was handed over; it is sent again"
+PAUSED = "WhatsApp asked this number to pause; it is sent again later"
 RESTING = "WhatsApp refused it for the moment; it is sent again after a rest"
+RELEASED = (NOT_HANDED_OVER, NOT_CONNECTED, PAUSED, RESTING)
 ALLOWED = {SEND_MESSAGE: validate}  # the only functions that a job may name
 
 _DATES = ("created_at", "enqueued_at", "started_at", "ended_at", "last_heartbeat")

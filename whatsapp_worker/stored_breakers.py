@@ -16,6 +16,7 @@ from storage.errors import StorageError
 from whatsapp_worker.breaker_board import BreakerBoard
 from whatsapp_worker.breakers import Breaker, Phase
 from whatsapp_worker.event_names import Event
+from whatsapp_worker.rq_job import PAUSED
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream, event_id
 
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 
 DATABASE_AWAY = "the ledger's database does not answer"
 SENDS_FAILED = "sends failed again and again"
-PAUSED = "WhatsApp asked this number to pause; it is sent again later"
 
 MAX_UNTOLD = 20  # events of one breaker that wait for Redis; even: openings and their closings
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 900.0

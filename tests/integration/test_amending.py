@@ -17,13 +17,14 @@ from support import RedisServer, events, eventually
 from storage import ledger as ledger_module
 from storage.ledger import Ledger, Row
 from storage.sessions import Sessions
-from whatsapp_worker import cli, recovery, redis_client
+from whatsapp_worker import cli, redis_client
 from whatsapp_worker.cancelling import cancel
 from whatsapp_worker.consumer import Ending
 from whatsapp_worker.device import SendFailed
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.events import ReceiptWriter
 from whatsapp_worker.keys import LEDGER_GROUP
+from whatsapp_worker.rq_job import RELEASED
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
 
@@ -290,7 +291,7 @@ def test_what_may_have_arrived_before_is_not_cancelled_when_it_waits_again(host:
     device = Refusing(host.folder, "failed to send message node: websocket not connected")
     with Running(host.parts(device=device)) as running:
         assert running.join() is Ending.NOT_CONNECTED
-    assert host.row().error in recovery.RELEASED
+    assert host.row().error in RELEASED
     parts = host.parts()
     cancel({"m1"}, outbox=parts.outbox, ledger=parts.ledger, install_key=KEY)
     parts.close()

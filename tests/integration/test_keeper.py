@@ -17,7 +17,7 @@ from whatsapp_worker import keeper as keeper_module
 from whatsapp_worker import outbox
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.keeper import Keeper
-from whatsapp_worker.rq_job import RESTING, Outcome
+from whatsapp_worker.rq_job import RELEASED, Outcome
 from whatsapp_worker.stream import EventStream
 
 
@@ -190,10 +190,11 @@ def test_what_a_crm_wrote_in_the_place_of_an_outcome_is_none(
     assert ended(redis, unknown) == ("failed", "unknown session")
 
 
-def test_the_refusal_of_an_attempt_that_another_followed_is_no_outcome(
-    redis: Redis, keeper: Keeper
+@pytest.mark.parametrize("error", RELEASED)
+def test_the_end_of_an_attempt_that_another_may_have_followed_is_no_outcome(
+    redis: Redis, keeper: Keeper, error: str
 ) -> None:
-    refused = Outcome(Status.FAILED, error=RESTING, claimed_at=1.0)
+    refused = Outcome(Status.FAILED, error=error, claimed_at=1.0)
     job = enqueue(redis, "gone")
     job.meta["outcome"] = refused.as_dict()
     job.save_meta()

@@ -23,7 +23,7 @@ from support import eventually
 
 from whatsapp_worker import recovery
 from whatsapp_worker.device import SendFailed
-from whatsapp_worker.stored_breakers import PAUSED
+from whatsapp_worker.rq_job import PAUSED
 
 
 class Overloaded(FakeDevice):
