@@ -4,6 +4,7 @@ When an id is used again after its deletion, or linked to another number, what w
 that moment is held until an operator decides. An operator may also pause the whole queue.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -98,18 +99,27 @@ class Hold:
 
         self._document.update(change)
 
-    def release(self) -> bool:
-        """Send what is paused or held; whether anything could have been."""
-        kept_it = False
+    def release(self, held_before: float = math.inf) -> bool:
+        """Send what is paused, and what is held; whether anything was.
+
+        Args:
+            held_before: What the operator saw; what is held up to a later moment stays so. With 0
+                only the pause ends.
+        """
+        lifted: list[str] = []
 
         def change(fields: Fields | None) -> Fields | None:
-            nonlocal kept_it
-            names = ("held_before", "paused_at")
-            kept_it = any((fields or {}).get(name) is not None for name in names)
-            return {**(fields or {}), **dict.fromkeys(names)} if kept_it else None
+            known = fields or {}
+            limits = {"held_before": held_before, "paused_at": math.inf}
+            lifted[:] = [
+                name
+                for name, limit in limits.items()
+                if known.get(name) is not None and known[name] <= limit
+            ]
+            return {**known, **dict.fromkeys(lifted)} if lifted else None
 
         self._document.update(change)
-        return kept_it
+        return bool(lifted)
 
 
 def _check(fields: Fields) -> None:

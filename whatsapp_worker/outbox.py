@@ -22,6 +22,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -520,6 +521,19 @@ class Outbox:
         """The jobs that wait on a queue from this place on; what is in hand is not among them."""
         lane = self._lane(queue)
         return self._load_all(lane, self._redis.lrange(lane.queue, start, start + count - 1))
+
+    def heads(self) -> list[Job]:
+        """What comes next of each queue, the first to be taken first. A consumer that may not send
+        pops it and puts it back again and again, so it may be in hand, though not yet started."""
+        heads: list[Job] = []
+        for lane in self._lanes:
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.lrange(lane.limbo, 0, _PAGE - 1).lrange(lane.queue, 0, 0)
+            in_hand, queued = pipeline.execute()
+            jobs = self._load_all(lane, [*in_hand, *queued])
+            waiting = (j for j in jobs if j.status != JobStatus.STARTED and not j.is_settled)
+            heads += islice(waiting, 1)
+        return heads
 
     def waiting(self, queue: str) -> list[bytes]:
         """The ids of all that is not settled at this moment: in hand, in the queue, for later. One

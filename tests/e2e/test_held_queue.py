@@ -85,7 +85,7 @@ def test_after_linking_another_number_the_old_queue_waits_for_a_word_and_then_go
     phone, jobs = relinked(world, "sales")
     assert world.run("restart", "sales").returncode == 0
     check_held(world, "sales", phone, jobs)
-    resumed = ask(world, "queue", "sales", "resume")
+    resumed = ask(world, "queue", "sales", "resume", "--yes")
     assert resumed["held_before"] is None and resumed["state"] in ("running", "idle")
     assert not re.search(r"\bheld\b", world.run("status", "sales").stdout)
     assert {outcome["status"] for outcome in world.await_outcomes(jobs)} == {"sent"}
@@ -103,6 +103,25 @@ def test_a_held_queue_that_is_cleared_ends_as_cancelled_and_later_messages_go(wo
     [later] = world.await_outcomes(enqueue(world, "support", "later"))
     assert later["status"] == "sent"
     assert texts_of(world, phone) == ["later"]
+
+
+def test_a_pause_that_ends_sends_nothing_of_the_other_number(world: World):
+    world.link("both")
+    ask(world, "queue", "both", "pause")
+    jobs = enqueue(world, "both", "old")
+    assert world.run("logout", "both", "--json").returncode == 0
+    world.await_state("both", "logged_out")
+    phone = world.link("both")
+    eventually(lambda: "paused, held" in world.run("status", "both").stdout)
+    assert "paused, held" in world.run("queue", "both").stdout
+    refused = world.run("queue", "both", "resume")
+    assert refused.returncode == 2 and "1 message enqueued for another number" in refused.stderr
+    assert ask(world, "queue", "both")["paused_at"] is not None
+    assert ask(world, "queue", "both", "resume", "--keep-held")["state"] == "held"
+    check_held(world, "both", phone, jobs)
+    ask(world, "queue", "both", "resume", "--yes")
+    assert [outcome["status"] for outcome in world.await_outcomes(jobs)] == ["sent"]
+    assert texts_of(world, phone) == ["old"]
 
 
 def test_the_same_number_linked_again_holds_nothing(world: World):
@@ -130,6 +149,6 @@ def test_an_id_that_is_used_again_after_its_deletion_holds_what_was_enqueued_bet
         world.start_supervisor()
         world.scan(lines, phone)
     check_held(world, "shop", phone, jobs, sent=("sent",))
-    ask(world, "queue", "shop", "resume")
+    ask(world, "queue", "shop", "resume", "--yes")
     assert {outcome["status"] for outcome in world.await_outcomes(jobs)} == {"sent"}
     assert texts_of(world, phone) == ["sent", "between 1", "between 2"]

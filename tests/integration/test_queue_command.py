@@ -1,5 +1,6 @@
 """`queue SESSION` against a real Redis and the records, while no supervisor runs."""
 
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from support import RedisServer
 
+from storage.hold import Standing
 from storage.sessions import Sessions
 from whatsapp_worker import client
 from whatsapp_worker.cli import main
@@ -58,9 +60,95 @@ def test_what_is_held_is_shown_and_released_by_resume(
     sessions.hold("sales").put(time.time())
     assert ask()["state"] == "held"
     assert ask()["head"]["high"] is True
+    queue = "rq:queue:wa:out:sales:high"
+    redis.lmove(queue, f"{queue}:intermediate", "LEFT", "RIGHT")  # a consumer looks, and puts back
+    assert (ask()["state"], ask()["head"]["message_id"]) == ("held", "m1")
     assert ask("pause")["state"] == "paused"
-    resumed = ask("resume")
+    resumed = ask("resume", "--yes")
     assert (resumed["state"], resumed["held_before"], resumed["paused_at"]) == ("idle", None, None)
+
+
+def told_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(words) == 0
+    return capsys.readouterr().out
+
+
+def test_a_queue_that_is_paused_and_held_says_both(
+    redis: Redis, sessions: Sessions, ask: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = client.Outbox(redis)
+    out.send_text("sales", TO, "Hi", message_id="m1")
+    sessions.hold("sales").put(time.time())
+    # What came later overtakes it, and hides nothing.
+    out.send_text("sales", TO, "Hi", message_id="m2", priority="high")
+    assert ask("pause")["state"] == "paused"
+    [row] = json.loads(told_for(["status", "--json"], capsys))["sessions"]
+    for found in (ask(), row["queue"]):
+        assert found["state"] == "paused"
+        assert "an operator paused it" in found["reason"]
+        assert "an operator decides" in found["reason"]
+    for words in (["status"], ["status", "sales"], ["queue", "sales"]):
+        assert "paused, held" in told_for(words, capsys)
+    assert "queue sales resume --keep-held" in told_for(["queue", "sales"], capsys)
+
+
+def test_resume_sends_what_is_for_another_number_only_after_a_yes(
+    redis: Redis, sessions: Sessions, ask: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, hold = client.Outbox(redis), sessions.hold("sales")
+    for n in range(3):
+        out.send_text("sales", TO, "Hi", message_id=f"old {n}")
+    out.send_text("sales", TO, "Hi", message_id="old later", send_at=time.time() + 3600)
+    hold.put(time.time())
+    out.send_text("sales", TO, "Hi", message_id="new")
+    hold.pause(time.time())
+    before = hold.read()
+    refused = ask("resume", code=2)
+    for words in ("4 messages", "another number", "--yes", "--keep-held"):
+        assert words in refused
+    assert hold.read() == before
+    assert ask("resume", "--keep-held")["state"] == "held"
+    assert hold.read() == before._replace(paused_at=None)
+    refused = ask("resume", code=2)
+    assert "4 messages" in refused and "--keep-held" not in refused
+    assert main(["queue", "sales", "resume", "--yes"]) == 0
+    assert "4 messages" in capsys.readouterr().err
+    assert hold.read() == Standing()
+
+
+def test_resume_asks_a_person(
+    redis: Redis, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1")
+    hold = sessions.hold("sales")
+    hold.put(time.time())
+    for answer, code in (("no", 2), ("yes", 0)):
+        terminal = io.StringIO(f"{answer}\n")
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        monkeypatch.setattr("sys.stdin", terminal)
+        assert main(["queue", "sales", "resume"]) == code
+        assert (hold.read() == Standing()) is (answer == "yes")
+
+
+def test_resume_asks_nothing_where_nothing_waits_for_another_number(
+    redis: Redis, sessions: Sessions, ask: Any
+) -> None:
+    hold = sessions.hold("sales")
+    hold.put(time.time())
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="new")
+    assert ask("resume")["held_before"] is None
+
+
+def test_what_is_held_after_the_operator_looked_stays_held(sessions: Sessions) -> None:
+    hold = sessions.hold("sales")
+    hold.put(100.0)
+    hold.pause(150.0)
+    seen = hold.read()
+    hold.put(200.0)  # yet another number was linked
+    assert seen.held_before is not None
+    assert hold.release(seen.held_before)
+    assert hold.read() == Standing(held_before=200.0)
+    assert not hold.release(seen.held_before)
 
 
 def test_clearing_a_held_queue_keeps_it_held(redis: Redis, sessions: Sessions, ask: Any) -> None:

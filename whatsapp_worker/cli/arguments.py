@@ -239,7 +239,10 @@ def _messages(commands: Any) -> None:
         help="pause: send nothing until resume, which also releases what is held;"
         " clear: cancel what waits",
     )
-    queue.add_argument("--yes", action="store_true", help="clear: do not ask")
+    queue.add_argument("--yes", action="store_true", help="clear, resume: do not ask")
+    queue.add_argument(
+        "--keep-held", action="store_true", help="resume: end the pause alone, release nothing"
+    )
     _json(queue, "one JSON line")
     messages = _command(
         commands,

@@ -29,6 +29,7 @@ CLEARED = "its queue was cleared by an operator"
 _PAGE = 200
 _SAMPLE = 1000  # messages that tell how fast it goes
 _RESUMES = "Send it: whatsapp-worker queue {} resume. Cancel it: whatsapp-worker queue {} clear"
+_UNPAUSES = "End the pause alone: whatsapp-worker queue {} resume --keep-held"
 
 
 def queue(options: Options, settings: Settings) -> int:
@@ -42,8 +43,7 @@ def queue(options: Options, settings: Settings) -> int:
             host.sessions.hold(options.session).pause(time.time())
             talk("Paused. What is in hand at this moment is still sent.")
         case "resume":
-            if not host.sessions.hold(options.session).release():
-                talk("It was neither paused nor held.")
+            _resume(options, host)
     found = gather(host, options.session)
     if options.json:
         emit(found)
@@ -62,7 +62,7 @@ def gather(host: Host, session: str) -> dict[str, Any]:
     [row] = status.gather(host, session)["sessions"]
     with _outbox(host, session) as outbox:
         counts = outbox.counts()
-        head = next((job for name in outbox.queues for job in outbox.page(name, 0, 1)), None)
+        head = next(iter(outbox.heads()), None)
     high, normal = counts.values()
     found: dict[str, Any] = {
         "session": session,
@@ -78,9 +78,7 @@ def gather(host: Host, session: str) -> dict[str, Any]:
         "held_before": standing.held_before,
     }
     is_quiet = found["state"] in ("idle", "running")
-    if is_quiet and head is not None and head.enqueued_at < (standing.held_before or 0.0):
-        found |= {"state": "held", "reason": "enqueued for another number, or before its deletion"}
-    elif is_quiet and row["state"] != State.CONNECTED and found["depth"]:
+    if is_quiet and row["state"] != State.CONNECTED and found["depth"]:
         found["reason"] = f"the session is {row['state']}. {row['sentence']}".strip()
     elif is_quiet and found["depth"] and (found["pace"]["next_at"] or 0.0) > time.time():
         # state.json says so at the next write of what changes all the time.
@@ -128,7 +126,7 @@ def _render(found: dict[str, Any]) -> list[str]:
     until = f", until {moment(found['until'])}" if found["until"] else ""
     rows = [
         ("queue", paint(found["session"], "bold")),
-        ("state", paint(state, colour) + until),
+        ("state", paint(status.state_words(found), colour) + until),
         ("why", printable(found["reason"] or "")),
         ("depth", f"{found['depth']} ({found['in_hand']} in hand, {found['high']} high)"),
         ("later", str(found["later"] or "")),
@@ -139,6 +137,8 @@ def _render(found: dict[str, Any]) -> list[str]:
     lines = columns([row for row in rows if row[1]])
     if state == "held" or found["paused_at"]:
         lines += ["", _RESUMES.format(found["session"], found["session"])]
+    if status.state_words(found) == "paused, held":
+        lines.append(_UNPAUSES.format(found["session"]))
     return lines
 
 
@@ -150,9 +150,48 @@ def _pace_words(pace: dict[str, Any]) -> str:
     return f"{words} of {pace['per_minute']:g}; {pace['sent_today']}{cap} today"
 
 
+def _resume(options: Options, host: Host) -> None:
+    """End a pause, and a hold once the operator knows what that sends."""
+    hold = host.sessions.hold(options.session)
+    standing = hold.read()
+    held_before = 0.0 if options.keep_held else standing.held_before or 0.0
+    count = _count_held(host, options.session, held_before) if held_before else 0
+    messages = "1 message" if count == 1 else f"{count} messages"
+    what = f"{messages} enqueued for another number, or before the session was deleted"
+    if count:
+        alone = "; --keep-held ends the pause alone" if standing.paused_at is not None else ""
+        _confirm(
+            options,
+            f"resume sends {what}: look first (whatsapp-worker queue {options.session} list), then"
+            f" say --yes{alone}",
+            f"This sends {what}, from the session's present number.",
+            "nothing was resumed",
+        )
+    if not hold.release(held_before):
+        talk("It was not paused." if options.keep_held else "It was neither paused nor held.")
+    elif count:
+        talk(f"Released: {what}.")
+
+
+def _count_held(host: Host, session: str, held_before: float) -> int:
+    with _outbox(host, session) as outbox:
+        return sum(
+            status.is_held(job, held_before)
+            for queue in outbox.queues
+            for jobs in _pages(outbox, queue)
+            for job in jobs
+            if job.status != "started" and not job.is_settled
+        )
+
+
 def _clear(options: Options, host: Host) -> int:
     """Cancel everything that waits, in batches; what is in hand goes its way."""
-    _make_sure(options)
+    _confirm(
+        options,
+        "clear cancels every waiting message for good: say --yes",
+        "This cancels every message that waits in the queue.",
+        "nothing was cleared",
+    )
     with (
         _outbox(host, options.session) as outbox,
         open_ledger(host, options.session, make=True) as ledger,
@@ -180,14 +219,19 @@ def _cancel_all(outbox: Outbox, ledger: Ledger, sessions: Sessions) -> Iterator[
         )
 
     for queue in outbox.queues:
-        waiting = outbox.waiting(queue)
-        for start in range(0, len(waiting), _PAGE):
-            jobs = outbox.load(queue, waiting[start : start + _PAGE])
+        for jobs in _pages(outbox, queue):
             yield end([job for job in jobs if job.status != "started"])
 
 
-def _make_sure(options: Options) -> None:
-    """Ask before messages are cancelled.
+def _pages(outbox: Outbox, queue: str) -> Iterator[list[Job]]:
+    """All that waits on it at this moment, in hand or for later, too."""
+    waiting = outbox.waiting(queue)
+    for start in range(0, len(waiting), _PAGE):
+        yield outbox.load(queue, waiting[start : start + _PAGE])
+
+
+def _confirm(options: Options, refusal: str, question: str, unchanged: str) -> None:
+    """Ask before messages are cancelled, or sent from another number than they were meant for.
 
     Raises:
         UsageError: Nobody is there to ask, or the answer was no.
@@ -195,11 +239,11 @@ def _make_sure(options: Options) -> None:
     if options.yes:
         return
     if options.json or not sys.stdin.isatty():
-        raise UsageError("clear cancels every waiting message for good: say --yes")
-    print("This cancels every message that waits in the queue.", file=sys.stderr)
+        raise UsageError(refusal)
+    print(question, file=sys.stderr)
     print("Type yes to go on: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() != "yes":
-        raise UsageError("nothing was cleared")
+        raise UsageError(unchanged)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ import contextlib
 import shutil
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storage.errors import StorageError
+from storage.hold import Standing
 from storage.sessions import StateRecord
 from whatsapp_worker import keys, purge_memory
 from whatsapp_worker.cli import host as hosts
@@ -17,12 +18,17 @@ from whatsapp_worker.history import History
 from whatsapp_worker.session import State
 from whatsapp_worker.settings import Settings
 
+if TYPE_CHECKING:
+    from whatsapp_worker.rq_job import Job
+
 _Breakers = dict[str, dict[str, Any]]  # of one session, as `breaker_board.read` gives them
 
 WATCH_S = 1.0
 HISTORY_LINES = 15
 _NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
 PAUSED = "an operator paused it: whatsapp-worker queue {} resume"
+HELD = "enqueued before this session was linked to its number; an operator decides about it"
+_AND_HELD = "; it is also held: "
 _STARTING = "The supervisor has not taken it up yet."
 # States that are only true while a supervisor runs.
 _LIVE = {State.CONNECTED, State.CONNECTING, State.LINKING, State.RECONNECTING}
@@ -87,6 +93,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
     alive = supervisor.alive
     names = [session] if session else host.sessions.ids()
     depths, breakers = _queues(host, names) if redis["ok"] else ({}, {})
+    held = _held(host, names) if redis["ok"] else {}
     return {
         "supervisor": {"alive": alive, "pid": supervisor.pid},
         "redis": redis,
@@ -95,7 +102,12 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
         "data_dir": str(host.settings.data_dir.absolute()),
         "purge": purge_memory.counters(host.settings.data_dir),
         "sessions": [
-            _decided(host, name, _row(host, name, alive, depths.get(name), breakers.get(name, {})))
+            _decided(
+                host,
+                name,
+                _row(host, name, alive, depths.get(name), breakers.get(name, {})),
+                held.get(name, []),
+            )
             | ({"history": _history(host, name)} if session else {})
             for name in names
         ],
@@ -120,6 +132,43 @@ def _queues(host: Host, names: list[str]) -> tuple[dict[str, int], dict[str, _Br
     except (redis.RedisError, OSError):
         return {}, {}
     return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}, breakers
+
+
+def _held(host: Host, names: list[str]) -> dict[str, list[bool]]:
+    """Whether the heads of a session's queues are held for another number, in the order in which
+    they are taken; only of sessions that may hold anything."""
+    standings = {name: _standing(host, name) for name in names}
+    before = {name: it.held_before for name, it in standings.items() if it and it.held_before}
+    return {name: _held_heads(host, name, moment) for name, moment in before.items()}
+
+
+def _held_heads(host: Host, name: str, held_before: float) -> list[bool]:
+    import redis
+
+    from whatsapp_worker.outbox import Outbox
+    from whatsapp_worker.stream import EventStream
+
+    settings = host.settings
+    try:
+        with contextlib.closing(host.redis(timeout_s=2.0)) as client:
+            stream = EventStream(client, events_max=settings.events_max)
+            outbox = Outbox(client, name, stream=stream, result_ttl_s=settings.result_ttl_s)
+            with contextlib.closing(outbox):
+                return [is_held(job, held_before) for job in outbox.heads()]
+    except (redis.RedisError, OSError):
+        return []
+
+
+def is_held(job: "Job", held_before: float | None) -> bool:
+    """Whether it would be sent, but was enqueued for another number."""
+    return job.order is not None and job.enqueued_at < (held_before or 0.0)
+
+
+def _standing(host: Host, name: str) -> Standing | None:
+    """What keeps its queue; None where that cannot be read."""
+    with contextlib.suppress(StorageError):
+        return host.sessions.hold(name).read()
+    return None
 
 
 def _rests(breakers: _Breakers) -> dict[str, Any]:
@@ -170,18 +219,21 @@ def _row(
     }
 
 
-def _decided(host: Host, name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with what operators decided, which the record tells seconds later, or not at all
-    while no device process runs."""
-    queue, paused = row["queue"], PAUSED.format(name)
-    with contextlib.suppress(StorageError):
-        standing = host.sessions.hold(name).read()
-        was_held = queue["state"] == "held" and standing.held_before is None
-        if was_held or (queue["reason"] == paused and standing.paused_at is None):
-            state = "running" if queue["depth"] else "idle"
-            queue |= {"state": state, "reason": None, "until": None}
-        if standing.paused_at is not None and queue["state"] not in ("breaker", "database"):
-            queue |= {"state": "paused", "reason": paused, "until": None}
+def _decided(host: Host, name: str, row: dict[str, Any], held: list[bool]) -> dict[str, Any]:
+    """The row with what operators decided, or have to, which the record tells seconds later, or not
+    at all while no device process runs."""
+    queue, paused, standing = row["queue"], PAUSED.format(name), _standing(host, name)
+    if standing is None:
+        return row
+    was_held = queue["state"] == "held" and standing.held_before is None
+    if was_held or (queue["reason"] == paused and standing.paused_at is None):
+        state = "running" if queue["depth"] else "idle"
+        queue |= {"state": state, "reason": None, "until": None}
+    if standing.paused_at is not None and queue["state"] not in ("breaker", "database"):
+        reason = f"{paused}{_AND_HELD}{HELD}" if any(held) else paused
+        queue |= {"state": "paused", "reason": reason, "until": None}
+    elif held[:1] == [True] and queue["state"] in ("idle", "running"):
+        queue |= {"state": "held", "reason": HELD, "until": None}
     return row
 
 
@@ -290,10 +342,15 @@ def _style(row: dict[str, Any]) -> list[str]:
 def _queue_words(queue: dict[str, Any]) -> str:
     depth = queue.get("depth")
     words = "?" if depth is None else f"{depth} waiting" if depth else "empty"
-    state = queue.get("state")
-    if state in (None, "idle", "running"):
+    if queue.get("state") in (None, "idle", "running"):
         return words
-    return f"{words}, {state}"
+    return f"{words}, {state_words(queue)}"
+
+
+def state_words(queue: dict[str, Any]) -> str:
+    """Its state, and whether one that is paused would be held without that, too."""
+    is_both = queue["state"] == "paused" and _AND_HELD in (queue["reason"] or "")
+    return "paused, held" if is_both else str(queue["state"])
 
 
 def _sentences(sessions: list[dict[str, Any]]) -> list[str]:
