@@ -535,14 +535,16 @@ class Outbox:
             heads += islice(waiting, 1)
         return heads
 
-    def waiting(self, queue: str) -> list[bytes]:
+    def waiting(self, queue: str, limit: int = 0) -> list[bytes]:
         """The ids of all that is not settled at this moment: in hand, in the queue, for later. One
-        moment, since a consumer that may not send what it popped puts it back."""
-        lane = self._lane(queue)
+        moment, since a consumer that may not send what it popped puts it back. With a limit above
+        0 only the first so many."""
+        lane, last = self._lane(queue), limit - 1
         pipeline = self._redis.pipeline(transaction=True)
-        pipeline.lrange(lane.limbo, 0, -1).lrange(lane.queue, 0, -1).zrange(lane.scheduled, 0, -1)
+        pipeline.lrange(lane.limbo, 0, last).lrange(lane.queue, 0, last)
+        pipeline.zrange(lane.scheduled, 0, last)
         in_hand, queued, later = pipeline.execute()
-        return [*in_hand, *queued, *later]
+        return [*in_hand, *queued, *later][: limit or None]
 
     def load(self, queue: str, raw_ids: Sequence[bytes]) -> list[Job]:
         """These jobs, wherever they are now."""

@@ -129,6 +129,11 @@ def test_damaged_databases_cost_that_session_only_and_nothing_is_sent_twice(worl
         eventually(lambda session=session: _is_refused(world, session), what=refused)
         assert words in world.run("logs", session).stdout
     assert world.outcome(again) == {}
+    shown = world.run("queue", "support").stdout
+    assert "held" in shown and "ledger.db.held" in shown
+    assert "crm-0" in world.run("queue", "support", "list").stdout
+    resumed = world.run("queue", "support", "resume")
+    assert resumed.returncode == 1 and "ledger.db.held" in resumed.stderr
     shown = world.run("messages", "show", "other", "crm-1", "--json").stdout
     assert json.loads(shown)["status"] in ("sent", "delivered")
     # The remedies that were named.

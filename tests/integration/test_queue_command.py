@@ -227,3 +227,89 @@ def test_people_read_what_to_do_next(
     told = capsys.readouterr().out
     for words in ("paused", "m1", "not limited", "whatsapp-worker queue sales resume"):
         assert words in told
+
+
+def test_what_waits_is_listed_without_texts_or_whole_numbers(
+    redis: Redis, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, hold = client.Outbox(redis), sessions.hold("sales")
+    assert "Nothing waits" in told_for(["queue", "sales", "list"], capsys)
+    first = out.send_text("sales", TO, "secret", message_id="m1")
+    hold.put(time.time())
+    out.send_text("sales", "120363012345678901@g.us", "secret", message_id="m2")
+    out.send_text("sales", TO, "secret", message_id="m3", priority="high")
+    at = time.time() + 3600
+    out.send_text("sales", TO, "secret", message_id="later", send_at=at)
+    poison = out.send_text("sales", TO, "secret", message_id="poison")
+    redis.hset(f"rq:job:{poison.id}", "data", b"not a job")
+    queue = "rq:queue:wa:out:sales"
+    redis.lmove(queue, f"{queue}:intermediate", "LEFT", "RIGHT")
+
+    told = told_for(["queue", "sales", "list", "--json"], capsys)
+    rows = [json.loads(line) for line in told.splitlines()]
+    assert [row["message_id"] for row in rows] == ["m3", "m1", "m2", "later", None]
+    assert rows[1] == {
+        "session": "sales",
+        "message_id": "m1",
+        "job_id": first.id,
+        "to": "...0001",
+        "high": False,
+        "sending": False,
+        "held": True,
+        "enqueued_at": pytest.approx(time.time(), abs=600),
+        "send_at": None,
+    }
+    assert [row["held"] for row in rows] == [False, True, False, False, False]
+    assert [row["high"] for row in rows] == [True, False, False, False, False]
+    assert [row["to"] for row in rows] == ["...0001", "...0001", "...8901@g.us", "...0001", None]
+    assert rows[3]["send_at"] == at and rows[4]["job_id"] == poison.id
+    words = told_for(["queue", "sales", "list"], capsys)
+    for expected in ("MESSAGE", "m1", "...0001", "held", "high", poison.id):
+        assert expected in words
+    assert "secret" not in told + words and TO[1:] not in told + words
+
+    assert main(["queue", "sales", "list", "--limit", "2"]) == 0
+    few = capsys.readouterr()
+    assert "m1" in few.out and "m2" not in few.out
+    assert "2 of 5" in few.err
+
+
+def test_a_list_of_queued_messages_says_where_the_waiting_ones_are(
+    redis: Redis, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1")
+    for words in ([], ["--json"]):
+        assert main(["messages", "list", "sales", "--status", "queued", *words]) == 0
+        assert "whatsapp-worker queue sales list" in capsys.readouterr().err
+    assert main(["messages", "show", "sales", "m1"]) == 1
+    assert "whatsapp-worker queue sales list" in capsys.readouterr().err
+
+
+def test_a_queue_whose_ledger_was_set_aside_says_what_holds_it_and_what_to_do(
+    redis: Redis, sessions: Sessions, ask: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.Outbox(redis).send_text("sales", TO, "Hi", message_id="m1")
+    file = sessions.folder("sales") / "ledger.db.held"
+    file.write_text("why")
+    [row] = json.loads(told_for(["status", "--json"], capsys))["sessions"]
+    for found in (ask(), row["queue"]):
+        assert found["state"] == "held"
+        for words in ("ledger", str(file), "queue sales list", "remove"):
+            assert words in found["reason"]
+    assert "1 waiting, held" in told_for(["status"], capsys)
+    shown = told_for(["queue", "sales"], capsys)
+    assert str(file) in shown and "Send it" not in shown
+
+    refused = ask("resume", code=1)
+    assert str(file) in refused and "queue sales list" in refused
+    found = ask("pause")
+    assert found["state"] == "paused" and str(file) in found["reason"]
+    assert "paused, held" in told_for(["queue", "sales"], capsys)
+    found = ask("resume")
+    assert (found["state"], found["paused_at"]) == ("held", None)
+    sessions.hold("sales").put(time.time())
+    assert "another number" in ask("resume", code=2)
+    assert "decides" in ask()["reason"] and str(file) in ask()["reason"]
+    assert ask("resume", "--yes")["state"] == "held"
+    file.unlink()
+    assert ask()["state"] == "idle"

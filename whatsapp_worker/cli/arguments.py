@@ -228,22 +228,35 @@ def _messages(commands: Any) -> None:
         commands,
         "queue",
         "queue:queue",
-        "Show what waits for a session and why it rests; pause, resume or clear it.",
-        examples=["queue sales", "queue sales pause", "queue sales clear --yes"],
+        "Show what waits for a session and why it rests; list, pause, resume or clear it.",
+        examples=[
+            "queue sales",
+            "queue sales list",
+            "queue sales pause",
+            "queue sales clear --yes",
+        ],
     )
     _session(queue)
     queue.add_argument(
         "action",
         nargs="?",
-        choices=["pause", "resume", "clear"],
-        help="pause: send nothing until resume, which also releases what is held;"
+        choices=["list", "pause", "resume", "clear"],
+        help="list: each message that waits;"
+        " pause: send nothing until resume, which also releases what is held for another number;"
         " clear: cancel what waits",
     )
     queue.add_argument("--yes", action="store_true", help="clear, resume: do not ask")
     queue.add_argument(
         "--keep-held", action="store_true", help="resume: end the pause alone, release nothing"
     )
-    _json(queue, "one JSON line")
+    queue.add_argument(
+        "--limit",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="list: at most so many (default: 50)",
+    )
+    _json(queue, "one JSON line; list: one a message")
     messages = _command(
         commands,
         "messages",

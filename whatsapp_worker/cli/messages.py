@@ -10,7 +10,7 @@ from storage.ledger import Ledger, Row, Settlement
 from whatsapp_worker import recovery
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
-from whatsapp_worker.cli.terminal import columns, emit, moment, paint, printable
+from whatsapp_worker.cli.terminal import columns, emit, moment, paint, printable, talk
 from whatsapp_worker.errors import CommandFailed, RedisUnavailable, UsageError
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.rq_job import Outcome
@@ -29,6 +29,7 @@ _COLOURS = {
     Status.SENDING: "yellow",
     Status.UNKNOWN: "yellow",
 }
+_WAITING = "whatsapp-worker queue {} list"
 _TIMES = ("claimed_at", "sent_at", "delivered_at", "read_at", "played_at", "settled_at")
 
 
@@ -38,6 +39,9 @@ def list_messages(options: Options, settings: Settings) -> int:
         raise UsageError(f"--status: one of {', '.join(Status)}, not {options.status}")
     with open_ledger(Host(settings), options.session) as ledger:
         rows = _recent(ledger, options) if ledger else []
+    if options.status == Status.QUEUED:
+        where = _WAITING.format(options.session)
+        talk(f"One that was never tried is not in the ledger. All that waits: {where}")
     if options.json:
         for row in rows:
             emit(facts(row))
@@ -78,7 +82,7 @@ def show_message(options: Options, settings: Settings) -> int:
     if row is None:
         raise CommandFailed(
             f"session {options.session} has claimed no message {options.message!r:.210}; one that"
-            " still waits in its queue is not in the ledger"
+            f" still waits in its queue is not in the ledger: {_WAITING.format(options.session)}"
         )
     found = facts(row)
     if options.json:

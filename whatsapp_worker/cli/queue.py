@@ -1,6 +1,7 @@
 """`whatsapp-worker queue`: what waits, why it rests, and an operator's word on it."""
 
 import contextlib
+import re
 import sys
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.messages import open_ledger
 from whatsapp_worker.cli.terminal import columns, duration, emit, moment, paint, printable, talk
-from whatsapp_worker.errors import RedisUnavailable, UsageError
+from whatsapp_worker.errors import CommandFailed, RedisUnavailable, UsageError
 from whatsapp_worker.event_names import Status
 from whatsapp_worker.outbox import Outbox
 from whatsapp_worker.rq_job import Job, Outcome
@@ -28,15 +29,22 @@ from whatsapp_worker.stream import EventStream
 CLEARED = "its queue was cleared by an operator"
 _PAGE = 200
 _SAMPLE = 1000  # messages that tell how fast it goes
-_RESUMES = "Send it: whatsapp-worker queue {} resume. Cancel it: whatsapp-worker queue {} clear"
+_MOST_DIGITS = re.compile(r"\d+(?=\d{4})")  # of a number; who knows it, knows it by the rest
+_PERSON = "@s.whatsapp.net"
+_RESUMES = (
+    "Look first: whatsapp-worker queue {0} list. Send it: whatsapp-worker queue {0} resume."
+    " Cancel it: whatsapp-worker queue {0} clear"
+)
 _UNPAUSES = "End the pause alone: whatsapp-worker queue {} resume --keep-held"
 
 
 def queue(options: Options, settings: Settings) -> int:
-    """Serve `queue SESSION [pause|resume|clear]`."""
+    """Serve `queue SESSION [list|pause|resume|clear]`."""
     host = Host(settings)
     host.wanted(options.session)
     match options.action:
+        case "list":
+            return _list(options, host)
         case "clear":
             return _clear(options, host)
         case "pause":
@@ -100,8 +108,10 @@ def _head(job: Job | None) -> dict[str, Any] | None:
 
 def _pace(host: Host, session: str) -> dict[str, Any]:
     """How fast it goes, and how fast it may."""
-    with open_ledger(host, session) as ledger:
-        now_a_minute = _sent_a_minute(ledger) if ledger else 0.0
+    now_a_minute = 0.0
+    if not status.ledger_hold(host, session):
+        with open_ledger(host, session) as ledger:
+            now_a_minute = _sent_a_minute(ledger) if ledger else 0.0
     limits: dict[str, Any] = dict.fromkeys(("per_minute", "per_day", "sent_today", "next_at"))
     pace = pacer.pace_of(host.settings)
     if pace is not None:
@@ -135,8 +145,8 @@ def _render(found: dict[str, Any]) -> list[str]:
         ("paused", moment(found["paused_at"]) if found["paused_at"] else ""),
     ]
     lines = columns([row for row in rows if row[1]])
-    if state == "held" or found["paused_at"]:
-        lines += ["", _RESUMES.format(found["session"], found["session"])]
+    if found["paused_at"] or status.HELD in (found["reason"] or ""):
+        lines += ["", _RESUMES.format(found["session"])]
     if status.state_words(found) == "paused, held":
         lines.append(_UNPAUSES.format(found["session"]))
     return lines
@@ -148,6 +158,55 @@ def _pace_words(pace: dict[str, Any]) -> str:
         return f"{words}, not limited"
     cap = f" of {pace['per_day']}" if pace["per_day"] else ""
     return f"{words} of {pace['per_minute']:g}; {pace['sent_today']}{cap} today"
+
+
+def _list(options: Options, host: Host) -> int:
+    """What waits, the next first, those for later last; no texts, and of numbers four digits."""
+    held_before = host.sessions.hold(options.session).read().held_before
+    rows: list[dict[str, Any]] = []
+    with _outbox(host, options.session) as outbox:
+        for queue in outbox.queues:
+            left = options.limit - len(rows)
+            for jobs in _pages(outbox, queue, left) if left else ():
+                rows += [_row(options.session, job, held_before) for job in jobs]
+        count = sum(sum(counts.values()) for counts in outbox.counts().values())
+    if options.json:
+        for row in rows:
+            emit(row)
+    else:
+        head = ["MESSAGE", "TO", "ENQUEUED", "JOB", ""]
+        shown = [_row_words(row) for row in rows]
+        print("\n".join(columns(shown, head=head)) if shown else "Nothing waits.")
+    if len(rows) == options.limit < count:
+        talk(f"{len(rows)} of {count}; more: --limit")
+    return 0
+
+
+def _row(session: str, job: Job, held_before: float | None) -> dict[str, Any]:
+    order = job.order
+    return {
+        "session": session,
+        "message_id": job.message_id,
+        "job_id": job.id,
+        "to": _MOST_DIGITS.sub("...", order.recipient.jid).removesuffix(_PERSON) if order else None,
+        "high": job.queue.endswith(":high"),
+        "sending": job.status == "started",
+        "held": status.is_held(job, held_before),
+        "enqueued_at": job.enqueued_at or None,
+        "send_at": order.send_at if order else None,
+    }
+
+
+def _row_words(row: dict[str, Any]) -> list[str]:
+    notes = [name for name in ("high", "sending", "held") if row[name]]
+    notes += [f"not before {moment(row['send_at'])}"] if row["send_at"] else []
+    return [
+        printable(row["message_id"] or "-"),
+        printable(row["to"] or "cannot be read"),
+        moment(row["enqueued_at"]),
+        printable(row["job_id"]),
+        ", ".join(notes),
+    ]
 
 
 def _resume(options: Options, host: Host) -> None:
@@ -168,6 +227,8 @@ def _resume(options: Options, host: Host) -> None:
             "nothing was resumed",
         )
     if not hold.release(held_before):
+        if why := status.ledger_hold(host, options.session):
+            raise CommandFailed(f"resume does not release queue {options.session}: {why}")
         talk("It was not paused." if options.keep_held else "It was neither paused nor held.")
     elif count:
         talk(f"Released: {what}.")
@@ -223,9 +284,9 @@ def _cancel_all(outbox: Outbox, ledger: Ledger, sessions: Sessions) -> Iterator[
             yield end([job for job in jobs if job.status != "started"])
 
 
-def _pages(outbox: Outbox, queue: str) -> Iterator[list[Job]]:
-    """All that waits on it at this moment, in hand or for later, too."""
-    waiting = outbox.waiting(queue)
+def _pages(outbox: Outbox, queue: str, limit: int = 0) -> Iterator[list[Job]]:
+    """All that waits on it at this moment, in hand or for later, too; see `Outbox.waiting`."""
+    waiting = outbox.waiting(queue, limit)
     for start in range(0, len(waiting), _PAGE):
         yield outbox.load(queue, waiting[start : start + _PAGE])
 

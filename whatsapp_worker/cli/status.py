@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import StorageError
 from storage.hold import Standing
+from storage.ledger_schema import held_path
 from storage.sessions import StateRecord
 from whatsapp_worker import keys, purge_memory
 from whatsapp_worker.cli import host as hosts
@@ -28,8 +29,14 @@ HISTORY_LINES = 15
 _NO_SUPERVISOR = "No supervisor runs on this data folder. Start it: whatsapp-worker run"
 PAUSED = "an operator paused it: whatsapp-worker queue {} resume"
 HELD = "enqueued before this session was linked to its number; an operator decides about it"
+LEDGER_HELD = (
+    "its ledger was damaged and set aside, and without it messages could be sent twice: read {1},"
+    " look through the queue (whatsapp-worker queue {0} list), then remove that file; to cancel"
+    " some of it, pause the queue before"
+)
 _AND_HELD = "; it is also held: "
 _STARTING = "The supervisor has not taken it up yet."
+_QUIET = ("idle", "running", "held")  # of a queue; nothing else keeps it
 # States that are only true while a supervisor runs.
 _LIVE = {State.CONNECTED, State.CONNECTING, State.LINKING, State.RECONNECTING}
 _COLOURS = {
@@ -229,12 +236,26 @@ def _decided(host: Host, name: str, row: dict[str, Any], held: list[bool]) -> di
     if was_held or (queue["reason"] == paused and standing.paused_at is None):
         state = "running" if queue["depth"] else "idle"
         queue |= {"state": state, "reason": None, "until": None}
-    if standing.paused_at is not None and queue["state"] not in ("breaker", "database"):
-        reason = f"{paused}{_AND_HELD}{HELD}" if any(held) else paused
+    ledger = ledger_hold(host, name)
+    is_paused = standing.paused_at is not None and (
+        ledger is not None or queue["state"] not in ("breaker", "database")
+    )
+    is_held = any(held) if is_paused else held[:1] == [True] and queue["state"] in _QUIET
+    reasons = "; ".join([HELD] * is_held + ([ledger] if ledger else []))
+    if is_paused:
+        reason = f"{paused}{_AND_HELD}{reasons}" if reasons else paused
         queue |= {"state": "paused", "reason": reason, "until": None}
-    elif held[:1] == [True] and queue["state"] in ("idle", "running"):
-        queue |= {"state": "held", "reason": HELD, "until": None}
+    elif reasons:
+        queue |= {"state": "held", "reason": reasons, "until": None}
     return row
+
+
+def ledger_hold(host: Host, name: str) -> str | None:
+    """What to do where a damaged ledger was set aside, which holds the queue; else None."""
+    held = held_path(host.sessions.folder(name) / "ledger.db")
+    if host.settings.database_url is not None or not held.exists():
+        return None
+    return LEDGER_HELD.format(name, held)
 
 
 def _facts(

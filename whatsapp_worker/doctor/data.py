@@ -336,7 +336,8 @@ def _ledger(path: Path) -> list[Finding]:
             problem(
                 "ledgers",
                 f"The ledger of session {session} was damaged and set aside; its queue is held.",
-                f"Read {held}, look through the queue, then remove that file to go on",
+                f"Read {held}, look through the queue (whatsapp-worker queue {session} list), then"
+                " remove that file to go on",
             )
         ]
     return [
