@@ -47,10 +47,15 @@ def resolve_url(settings: Settings) -> str:
     try:
         return str(json.loads(_announcement(settings.data_dir).read_text())["url"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise RedisUnavailable(
-            "No Redis is known: set REDIS_URL, or start `whatsapp-worker run` on"
-            f" {settings.data_dir.absolute()}, which brings one of its own"
-        ) from None
+        raise none_known(settings) from None
+
+
+def none_known(settings: Settings) -> RedisUnavailable:
+    """What to do where no REDIS_URL is set and no supervisor runs one."""
+    return RedisUnavailable(
+        "No Redis is known: set REDIS_URL, or start `whatsapp-worker run` on"
+        f" {settings.data_dir.absolute()}, which brings one of its own"
+    )
 
 
 def program() -> str:

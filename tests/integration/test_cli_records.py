@@ -118,6 +118,22 @@ def test_status_tells_exactly_the_keys_that_are_documented(sessions, capsys):
     assert in_full.keys() == documented("sessions") | {"history"}
 
 
+@pytest.mark.parametrize(
+    "words", [["send", "sales", "+5511999990001", "Hi"], ["queue", "sales"], ["status"]]
+)
+def test_a_redis_that_went_with_its_killed_supervisor_is_told_as_one_that_ended(
+    sessions, capsys, words
+):
+    make(sessions, "sales", "connected")
+    path = sessions.data_dir / "redis" / "redis.sock"
+    announced = {"url": f"unix://{path}", "pid": 4711}
+    (sessions.data_dir / "redis.json").write_text(json.dumps(announced))
+    main(words)
+    told = capsys.readouterr()
+    said = told.out + told.err
+    assert "whatsapp-worker run` on" in said and "ConnectionError" not in said
+
+
 def test_messages_tell_exactly_the_keys_that_are_documented(sessions, capsys):
     make(sessions, "sales", "connected")
     path = sessions.folder("sales") / "ledger.db"

@@ -61,6 +61,9 @@ class Host:
         from whatsapp_worker import redis_client, redis_server
 
         url = redis_server.resolve_url(self.settings)
+        if not self.settings.redis_url and not self.supervisor().alive:
+            # One that was killed took its Redis with it, and left the word where it was.
+            raise redis_server.none_known(self.settings)
         return redis_client.connect(url, timeout_s=timeout_s)
 
     def wanted(self, session: str) -> Wanted:

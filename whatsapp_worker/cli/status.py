@@ -15,6 +15,7 @@ from whatsapp_worker.cli import host as hosts
 from whatsapp_worker.cli.arguments import Options
 from whatsapp_worker.cli.host import Host
 from whatsapp_worker.cli.terminal import columns, duration, emit, moment, paint, printable
+from whatsapp_worker.errors import RedisUnavailable
 from whatsapp_worker.history import History
 from whatsapp_worker.session import State
 from whatsapp_worker.settings import Settings
@@ -136,7 +137,7 @@ def _queues(host: Host, names: list[str]) -> tuple[dict[str, int], dict[str, _Br
                     pipeline.llen(f"{key}:intermediate")
             lengths = [int(length) for length in pipeline.execute()]
             breakers = breaker_board.read(client, names)
-    except (redis.RedisError, OSError):
+    except (redis.RedisError, RedisUnavailable, OSError):
         return {}, {}
     return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}, breakers
 
@@ -162,7 +163,7 @@ def _held_heads(host: Host, name: str, held_before: float) -> list[bool]:
             outbox = Outbox(client, name, stream=stream, result_ttl_s=settings.result_ttl_s)
             with contextlib.closing(outbox):
                 return [is_held(job, held_before) for job in outbox.heads()]
-    except (redis.RedisError, OSError):
+    except (redis.RedisError, RedisUnavailable, OSError):
         return []
 
 
