@@ -62,6 +62,7 @@ SOCKET_DOWN_S = 5.0  # down for so long without an event: lost
 LOSS_GRACE_S = 0.6  # what the send in hand gets when the connection is lost
 LAST_WORD_S = 0.3  # how long a loss waits for an event that says more
 ORPHAN_GRACE_S = 1.0
+LAST_CHANCE_S = 0.6  # before a forced end: for receipts, should the main thread hang
 DRAIN_S = 8.0  # what the send in hand gets when an operator stops the session
 LOGOUT_S = 10.0
 GOODBYE_S = 1.0  # writing what is left, closing the socket
@@ -109,6 +110,7 @@ class DeviceProcess:
         self._news = threading.Event()  # logged in, or time to leave
         self._is_logout_wanted = False
         self._is_drained = True
+        self._is_closing = False  # what was heard is being written for the last time
         self._socket_up_at = 0.0  # monotonic; when the probe last found it up
         self._beat_due_at = 0.0
 
@@ -129,6 +131,12 @@ class DeviceProcess:
             on_tick=self._tick,
         )
         self._leash.start()
+        try:
+            return self._live()
+        finally:  # what was heard is written or left to the ledger, whatever ended this life
+            self._close_writer()
+
+    def _live(self) -> tuple[Ending, int]:
         try:
             if self._open() and self._recover() and self._connect():
                 self._serve()
@@ -314,9 +322,12 @@ class DeviceProcess:
                 ending = self._log_out(self._device)
             elif self._logged_in.is_set():
                 _within(GOODBYE_S, self._device.disconnect)
+        return ending, Exit.NOT_DRAINED if code == Exit.OK and not self._is_drained else code
+
+    def _close_writer(self) -> None:
+        self._is_closing = True
         if self._writer is not None:
             self._writer.close(timeout_s=min(GOODBYE_S, self._departure.left_s()))
-        return ending, Exit.NOT_DRAINED if code == Exit.OK and not self._is_drained else code
 
     def _log_out(self, device: Device) -> Ending:
         problem = _within(LOGOUT_S, device.logout)
@@ -406,12 +417,17 @@ class DeviceProcess:
         left_s = self._departure.left_s()
         if left_s == 0:
             self._force()
+        if left_s <= LAST_CHANCE_S and not self._is_closing:
+            self._is_closing = True
+            threading.Thread(target=self._close_writer, name="goodbye", daemon=True).start()
         if self._logged_in.is_set() and not self._departure.is_due.is_set():
             self._look_for_silence(now)
         if now >= self._beat_due_at:
             self._beat_due_at = now + self._beat_every_s
             self._channel.send(report="heartbeat", **self._heartbeat(now))
             self._rest()
+        if not self._is_closing:
+            left_s -= LAST_CHANCE_S
         return min(left_s, self._beat_due_at - now)
 
     def _rest(self) -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from redis.exceptions import RedisError
@@ -41,12 +41,19 @@ class _Message(NamedTuple):
     wa_id: str | None = None  # of its recipient
 
 
+class _Heard(NamedTuple):
+    """A fact as it was offered."""
+
+    fact: Receipt | Inbound
+    expires_at: float  # monotonic; then it is written though its message is not known
+
+
 class _Item(NamedTuple):
     """One WhatsApp id of one fact."""
 
     fact: Receipt | Inbound
     wa_message_id: str
-    expires_at: float  # monotonic; then it is written though its message is not known
+    expires_at: float
 
 
 class FactWriter:
@@ -70,13 +77,14 @@ class FactWriter:
         self._session = session
         self._stream = stream
         self._ledger = ledger
-        self._waiting: queue.Queue[Receipt | Inbound | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[_Heard | None] = queue.Queue(MAX_WAITING)
         self._known: OrderedDict[str, _Message] = OrderedDict()  # by WhatsApp's id
         self._known_text = 0  # characters of metadata in it
         self._ask_at = 0.0  # monotonic; not before, the ledger is asked whose receipt it is
         self._todo: deque[_Item] = deque()
         self._lock = threading.Lock()
-        self._closed_at: float | None = None  # monotonic; when writing is given up
+        self._asked_at: float | None = None  # monotonic; while Redis has not answered
+        self._give_up_at = float("inf")  # monotonic; then what is left is the ledger's
         self._closing = threading.Event()
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="facts", daemon=True)
@@ -88,7 +96,7 @@ class FactWriter:
     def offer(self, fact: Receipt | Inbound) -> None:
         """Hand over a fact; returns at once. From any thread."""
         try:
-            self._waiting.put_nowait(fact)
+            self._waiting.put_nowait(_Heard(fact, time.monotonic() + _OVERTAKING_S))
         except queue.Full:
             self._dropped += 1
             if self._dropped % 1000 == 1:
@@ -117,23 +125,37 @@ class FactWriter:
                 self._known_text -= len(forgotten.metadata or "")
 
     def close(self, *, timeout_s: float = 1.0) -> None:
-        """Write what waits, at most for `timeout_s`, and end the thread. Receipts for which Redis
-        is not there go to the ledger."""
-        self._closed_at = time.monotonic() + timeout_s
+        """Write what waits, at most for `timeout_s`, and end the thread. Receipts that Redis does
+        not take in half of that time go to the ledger. From any thread."""
+        begun_at = time.monotonic()
+        self._give_up_at = begun_at + timeout_s / 2
         self._closing.set()
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)  # ends the wait
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return
+        silent_s = begun_at - (self._asked_at or begun_at)
+        self._thread.join(max(0.0, timeout_s / 2 - silent_s))
+        if self._thread.is_alive():  # it may hang for as long as Redis does
+            leaving = threading.Thread(
+                target=self._leave_to_the_ledger, name="goodbye", daemon=True
+            )
+            leaving.start()
+            leaving.join(max(0.0, begun_at + timeout_s - time.monotonic()))
 
     def _run(self) -> None:
         rest_s = _FIRST_REST_S
-        while not (self._closed_at is not None and self._is_done()):
+        while not (self._closing.is_set() and self._is_empty()):
             if len(self._todo) < _BATCH:
                 self._todo.extend(self._take())
+            if time.monotonic() > self._give_up_at:
+                self._leave_to_the_ledger()
+                return
             try:
                 if self._write_all():
                     self._closing.wait(_GATHER_S)
+                elif self._todo:
+                    self._closing.wait(_RETRY_S)
                 rest_s = _FIRST_REST_S
             except RedisError as error:
                 extra = {"session": self._session, "error": repr(error)}
@@ -145,58 +167,61 @@ class FactWriter:
                 rest_s = min(rest_s * 2, _LONGEST_REST_S)
 
     def _leave_to_the_ledger(self) -> None:
-        """Else nobody would ever hear of these receipts: WhatsApp tells each once."""
-        while not self._waiting.empty():
-            self._todo.extend(self._take())
+        """Else nobody would ever hear of these receipts: WhatsApp tells each once. Nothing is
+        taken away, so that two threads may do it: the ledger only moves forward."""
+        with self._waiting.mutex:
+            waiting = list(self._waiting.queue)
         found = [
             KeptReceipt(item.wa_message_id, item.fact.kind, item.fact.at)
-            for item in self._todo
+            for item in (*self._todo, *_items(waiting))
             if isinstance(item.fact, Receipt)
         ]
         if self._ledger is not None and found:
             with contextlib.suppress(StorageError):
                 self._ledger.receipts(found, now=time.time())
 
-    def _is_done(self) -> bool:
-        is_empty = not self._todo and self._waiting.empty()
-        return is_empty or time.monotonic() > (self._closed_at or 0.0)
+    def _is_empty(self) -> bool:
+        return not self._todo and self._waiting.empty()
 
     def _take(self) -> Iterator[_Item]:
-        """What was offered, one item for each WhatsApp id; waits a little when there is none."""
-        wait_s = _RETRY_S if self._todo else None  # `close` ends the wait
+        """What was offered, one item for each WhatsApp id; waits where there is nothing to do."""
+        wait_s = 0.0 if self._todo else None  # `close` ends the wait
         with contextlib.suppress(queue.Empty):
             for _ in range(_BATCH):
-                fact = self._waiting.get(timeout=wait_s)
+                heard = self._waiting.get(timeout=wait_s)
                 wait_s = 0.0
-                expires_at = time.monotonic() + _OVERTAKING_S
-                if isinstance(fact, Inbound):
-                    yield _Item(fact, fact.wa_message_id, expires_at)
-                elif fact is not None:
-                    yield from (_Item(fact, id, expires_at) for id in fact.wa_message_ids)
+                yield from _items([heard])
 
     def _write_all(self) -> bool:
         """Write what can be written, and say whether there was anything; keep a receipt that
         overtook its message for a moment."""
         entries = []
         kept: deque[_Item] = deque()
+        known: dict[str, _Message] = {}  # many in a group may have got the same message
         for item in self._todo:
-            entry = self._entry(item)
+            entry = self._entry(item, known)
             if entry is None:
                 kept.append(item)
             else:
                 entries.append(entry)
         if entries:
-            self._stream.add_many(entries)
+            self._asked_at = time.monotonic()
+            try:
+                self._stream.add_many(entries)
+            finally:
+                self._asked_at = None
         self._todo = kept
         return bool(entries)
 
-    def _entry(self, item: _Item) -> Mapping[str, str | int] | None:
+    def _entry(self, item: _Item, known: dict[str, _Message]) -> Mapping[str, str | int] | None:
         """The event; None for a receipt whose message is not known yet."""
         fact = item.fact
         if isinstance(fact, Inbound):
             return self._inbound(fact)
-        message = self._message(item.wa_message_id)
-        is_late = time.monotonic() > item.expires_at or self._closed_at is not None
+        if item.wa_message_id not in known:
+            known[item.wa_message_id] = self._message(item.wa_message_id)
+        message = known[item.wa_message_id]
+        is_late = time.monotonic() > item.expires_at or self._closing.is_set()
         if message.id is None and not is_late:
             return None
         event = Event(f"message.{fact.kind}")
@@ -240,6 +265,16 @@ class FactWriter:
         if row is None:
             return _Message(None)
         return _Message(row.message_id, row.metadata, row.wa_id)
+
+
+def _items(heard: Iterable[_Heard | None]) -> Iterator[_Item]:
+    """One for each WhatsApp id."""
+    for one in heard:
+        if one is None:
+            continue
+        fact, expires_at = one
+        ids = (fact.wa_message_id,) if isinstance(fact, Inbound) else fact.wa_message_ids
+        yield from (_Item(fact, id, expires_at) for id in ids)
 
 
 def _who(fact: Receipt | Inbound, recipient: str | None = None) -> str:

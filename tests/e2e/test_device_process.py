@@ -10,6 +10,7 @@ import pytest
 from leashed import Stable
 from world import World, eventually
 
+from storage.ledger import Ledger
 from storage.sessions import Sessions
 from whatsapp_worker import device_store
 from whatsapp_worker.device_process import DRAIN_S
@@ -443,6 +444,31 @@ def test_a_process_that_waits_for_redis_hears_its_supervisor(bench):
     orphan.expect("heartbeat")
     orphan.hang_up()
     assert orphan.wait(30) == Exit.ORPHANED
+
+
+def test_a_receipt_that_comes_while_redis_hangs_is_left_to_the_ledger(bench):
+    session, contact = unique("hung"), "5511911116666"
+    phone = bench.link(session)
+    bench.control.contacts(contact, receipts="none")
+    device = bench.connect(session)
+    job = bench.world.enqueue(session, f"+{contact}", "before the silence", "m1")
+    [outcome] = bench.world.await_outcomes([job])
+    bench.world.redis_server.pause()
+    try:
+        _beat(device, _misses_redis, within_s=60)
+        bench.control.receipts(outcome["wa_message_id"])
+        bench.control.stream_error(phone, "503")
+        ending, code = device.ended()
+    finally:
+        bench.world.redis_server.resume()
+    assert (ending.kind, code) == (EndingKind.LOST, Exit.CONNECTION_ENDED)
+    with closing(Ledger.open(bench.sessions.folder(session) / "ledger.db", session)) as ledger:
+        row = ledger.find("m1")
+    assert row is not None and row.status == "delivered"
+
+
+def _misses_redis(beat):
+    return beat["queue"] is not None and beat["queue"]["reason"] == "Redis does not answer"
 
 
 def test_an_order_to_log_out_removes_the_device_from_the_phone(bench):

@@ -1,6 +1,7 @@
 """Receipts: from the client's thread onto the stream, and from there into the ledger."""
 
 import os
+import socket
 import sqlite3
 import threading
 import time
@@ -27,17 +28,20 @@ from sending import (
 from support import RedisServer, events, eventually
 
 from storage import sqlite_files
+from storage.errors import LedgerBroken
 from storage.ledger import Claim, Ledger, Settlement
 from storage.ledger import Receipt as Kept
 from storage.sessions import Sessions
+from whatsapp_worker import device_process, redis_client
 from whatsapp_worker import events as events_module
-from whatsapp_worker import redis_client
 from whatsapp_worker.consumer import Ending
+from whatsapp_worker.device_process import DeviceProcess
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.events import ReceiptWriter
 from whatsapp_worker.events import run as serve
 from whatsapp_worker.facts import Inbound, Receipt, ReceiptKind
 from whatsapp_worker.receipts import MAX_WAITING, FactWriter
+from whatsapp_worker.reports import Channel, Exit
 from whatsapp_worker.settings import Settings
 from whatsapp_worker.stream import EventStream
 
@@ -99,6 +103,82 @@ def test_receipts_outlive_a_process_that_ends_while_redis_is_away(
     kept = [(kept.wa_message_id, kept.status) for kept in ledger.pending_receipts()]
     assert sorted(kept) == [("WA1", "delivered"), ("WA2", "delivered"), ("WA3", "delivered")]
     ledger.close()
+
+
+def test_receipts_outlive_a_process_that_ends_while_redis_hangs(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    stream = EventStream(redis_client.connect(redis_server.url, timeout_s=600))
+    with closing(Ledger.open(tmp_path / "ledger.db", SESSION)) as ledger:
+        writer = FactWriter(SESSION, stream, ledger=ledger)
+        writer.start()
+        redis_server.pause()
+        writer.offer(receipt("WA1"))
+        writer.sent("WA1", "m1")
+        writer.offer(receipt("WA2", "WA3"))
+        writer.close(timeout_s=1)
+        kept = eventually(ledger.pending_receipts, within_s=10)
+        redis_server.resume()
+    assert sorted(one.wa_message_id for one in kept) == ["WA1", "WA2", "WA3"]
+
+
+def test_what_redis_does_not_take_in_time_is_left_to_the_ledger(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    with closing(Ledger.open(tmp_path / "ledger.db", SESSION)) as ledger:
+        redis = redis_server.client()
+        writer = FactWriter(SESSION, EventStream(redis), ledger=ledger)
+        writer.start()
+        for number in range(5000):
+            writer.offer(receipt(f"WA{number}"))
+        writer.close(timeout_s=0)
+
+        def heard() -> set[str]:
+            told = {entry["payload"]["wa_message_id"] for entry in events(redis)}
+            return told | {one.wa_message_id for one in ledger.pending_receipts()}
+
+        newest = {f"WA{number}" for number in range(3200, 5000)}  # the ledger keeps some 2,000
+        eventually(lambda: newest <= heard())
+
+
+def test_what_was_heard_is_written_whatever_ends_the_process(
+    redis: Redis,
+    shared_redis_server: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, session_folder(tmp_path), writing(shared_redis_server.url) as writer:
+        process = DeviceProcess(SESSION, Channel(theirs), Settings(data_dir=tmp_path))
+
+        def opened() -> bool:
+            process._writer = writer
+            writer.offer(receipt("WA1"))
+            eventually(lambda: events(redis))
+            writer.offer(receipt("WA2"))  # it waits for others
+            raise LedgerBroken("damaged")
+
+        monkeypatch.setattr(device_process, "Leash", lambda *_, **__: threading.Thread())
+        monkeypatch.setattr(process, "_open", opened)
+        _, code = process.run()
+        assert code == Exit.STORE_BROKEN
+        assert [entry["payload"]["wa_message_id"] for entry in events(redis)] == ["WA1", "WA2"]
+
+
+def test_receipts_of_what_the_phone_sent_do_not_keep_the_ledger_busy(
+    redis: Redis,
+    shared_redis_server: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    with closing(Ledger.open(tmp_path / "ledger.db", SESSION)) as ledger:
+        monkeypatch.setattr(ledger, "find_by_wa_id", asked.append)
+        with writing(shared_redis_server.url, ledger=ledger) as writer:
+            for _ in range(1000):
+                writer.offer(receipt("WA-of-the-phone"))
+            eventually(lambda: redis.xlen("wa:events") == 1000)
+    assert len(asked) < 100, "once in a while is enough"
 
 
 def test_a_receipt_names_the_message_of_the_crm(
