@@ -428,7 +428,7 @@ def test_what_waits_for_one_ledger_holds_up_nobody_else_however_much_it_is(
             redis.xreadgroup("ledger", name, {"wa:events": ">"}, count=len(many) + 1)
             stack.enter_context(serving(shared_redis_server.url, tmp_path))
             eventually(lambda: has_status(other, "m2", "read"))
-            eventually(lambda: pending(redis) == len(many))
+            eventually(lambda: pending(redis) == len(many))  # the commit comes before the XACK
         eventually(lambda: pending(redis) == 0)
 
 
