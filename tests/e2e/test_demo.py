@@ -17,6 +17,7 @@ from support import events, eventually
 from world import COMMAND
 
 from whatsapp_worker import redis_client, redis_server
+from whatsapp_worker.cli import demo as demo_module
 from whatsapp_worker.cli import demo_crm
 from whatsapp_worker.sandbox.control import Control
 from whatsapp_worker.settings import Settings
@@ -199,6 +200,22 @@ def test_a_message_that_is_refused_fails_its_step(demo, number: int, step: int):
     text = one.text()
     assert one.process.returncode == 1, text
     assert f"The demo failed in step {step}" in text and f": demo-{number}: " in text
+    eventually(one.nothing_is_left, within_s=10)
+
+
+def test_a_session_that_does_not_come_back_fails_the_fourth_step(demo):
+    one = demo()
+    eventually(lambda: "2 Linking" in one.text(), within_s=90)
+    control = Control.from_state_dir(one.data / "sandbox")
+    control.contacts(demo_module.CONTACT, receipt_delay_s=1)  # what follows comes before the kill
+    eventually(lambda: "3 Sending" in one.text(), within_s=60)
+    control.connect_failure(503, count=1000)
+    eventually(lambda: one.family() and one.process.poll() is not None, within_s=180)
+    text = one.text()
+    assert one.process.returncode == 1, text
+    assert "reconnecting" in text.partition("\n4 ")[2] and "\n5 " not in text
+    assert "The demo failed in step 4" in text and "for the session to come back" in text
+    assert "session=demo" in text.partition("run.log, last lines:")[2]
     eventually(one.nothing_is_left, within_s=10)
 
 
