@@ -50,6 +50,7 @@ class Document:
         check: Raises ValueError (or KeyError, TypeError) for an object whose shape is wrong; such
             a file counts as broken.
         mode: Permissions of the file.
+        afresh: What to do, or what follows, once a broken file was removed; ends that sentence.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Document:
         upgrade: Callable[[Fields], Fields] | None = None,
         check: Callable[[Fields], object] | None = None,
         mode: int = 0o600,
+        afresh: str = "to start it afresh",
     ) -> None:
         self.path = path
         self._version = version
         self._upgrade = upgrade
         self._check = check
         self._mode = mode
+        self._afresh = afresh
 
     # Made when needed: most documents are only ever read, and reading needs none of these.
 
@@ -270,7 +273,7 @@ class Document:
         raise DocumentBroken(
             self.path,
             f"{problem}, and {found}: restore it from a backup, or remove it and"
-            f" {self._backup.name} to start it afresh",
+            f" {self._backup.name} {self._afresh}",
         )
 
     def _set_aside(self) -> str | None:

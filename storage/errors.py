@@ -11,6 +11,7 @@
     │                              transient
     ├── RecordError                one session's record
     │   ├── RecordMissing          there is none (3)
+    │   ├── RecordLost             there is none, and there are a state or credentials of the id
     │   ├── RecordExists           there is one already
     │   ├── RecordBeingDeleted     its deletion has begun and is not finished; transient (3)
     │   └── RecordExported         it was moved to another host
@@ -113,6 +114,10 @@ class RecordMissing(RecordError):
     """There is no record of this id."""
 
     exit_code = 3
+
+
+class RecordLost(RecordError):
+    """The record is gone and the session is not: its state or credentials are there."""
 
 
 class RecordExists(RecordError):

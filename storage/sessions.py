@@ -29,6 +29,7 @@ from storage.errors import (
     RecordBeingDeleted,
     RecordExists,
     RecordExported,
+    RecordLost,
     RecordMissing,
     StorageError,
     reason,
@@ -259,11 +260,14 @@ class Sessions:
         A session with a tombstone is wanted `delete`, whatever its record says.
 
         Raises:
+            RecordLost: Only the record is gone; `restore` brings it back.
             DocumentBroken, DocumentNewer: This one record cannot be used; others can.
         """
         stone = self.tombstones.find(id)
         fields = self._wanted_document(id).read()
         if fields is None:
+            if not stone:
+                self._require_not_lost(id)
             return None
         wanted = _wanted(fields)
         return _buried(wanted, stone) if stone else wanted
@@ -283,7 +287,8 @@ class Sessions:
             now: Becomes `touched_at` when given.
 
         Raises:
-            RecordMissing: There is no record.
+            RecordMissing: There is no session.
+            RecordLost: As `wanted`.
             RecordBeingDeleted: A deletion is never taken back.
             RecordExported: It was moved to another host, and the change does not say otherwise.
             DocumentBroken, DocumentNewer: The record cannot be used.
@@ -294,6 +299,7 @@ class Sessions:
 
         def update(fields: Fields | None) -> Fields:
             if fields is None:
+                self._require_not_lost(id)
                 raise RecordMissing(id, f"there is no session {id}")
             before = _wanted(fields)
             after = change(before)
@@ -314,6 +320,23 @@ class Sessions:
 
         self._wanted_document(id).update(update, timeout_s=timeout_s)
         return result[0]
+
+    def restore(self, id: str, wanted: Wanted) -> None:
+        """Write the record of a session that has lost it; one that is there stays.
+
+        Args:
+            wanted: Its generation must be above that of any state from before, or be the same
+                record: else such a state would pass for an answer.
+
+        Raises:
+            RecordMissing: The session's folder is gone.
+            DocumentBroken, DocumentNewer: There is one, and it cannot be used.
+            DocumentUnwritable, LockHeld: Not saved (transient).
+        """
+        self._require_folder(id)
+        self._wanted_document(id).update(
+            lambda fields: _to_fields(wanted) if fields is None else None
+        )
 
     def state(self, id: str) -> StateRecord | None:
         """What is; None before the first was written.
@@ -390,6 +413,16 @@ class Sessions:
         if not self.folder(id).is_dir():
             raise RecordMissing(id, f"there is no session {id}")
 
+    def _require_not_lost(self, id: str) -> None:
+        """For a session without a record: that nothing else of it is left either."""
+        folder = self.folder(id)
+        if any((folder / name).exists() for name in ("state.json", "device.db")):
+            raise RecordLost(
+                id,
+                f"session {id} has lost its record, wanted.json; its messages wait, and nothing"
+                f" else is lost. Make it anew: whatsapp-worker start {id}",
+            )
+
     def _require_free(self, id: str) -> bool:
         """An id that is not in use; whether it was once: its tombstone is removed, since it is
         created on purpose. Before there is a record: one with a tombstone would be deleted."""
@@ -444,7 +477,8 @@ class Sessions:
 
 def _document(folder: Path, name: str) -> Document:
     if name == "wanted.json":
-        return Document(folder / name, version=WANTED_VERSION, check=_wanted)
+        afresh = f"and run: whatsapp-worker start {folder.name}"
+        return Document(folder / name, version=WANTED_VERSION, check=_wanted, afresh=afresh)
     return Document(folder / name, version=STATE_VERSION, check=_state)
 
 

@@ -173,7 +173,8 @@ class ManagedSession:
 
     def _resume(self, now: float) -> None:
         """Take up what an earlier supervisor left."""
-        self._status.set(pid=None, degraded=False, rss_mib=None, queue=None)
+        known = {**self.record.fields, "network": self.wanted.network}  # for a record that is lost
+        self._status.set(pid=None, degraded=False, rss_mib=None, queue=None, fields=known)
         self._link.hide()
         is_behind = self.record.generation < self.wanted.generation
         if is_behind or self._link.is_new(self.wanted.link):

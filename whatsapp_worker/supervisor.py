@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from storage.errors import LockHeld, StorageError
+from storage.errors import LockHeld, RecordLost, StorageError
 from storage.ledger import Ledger
 from storage.locks import FileLock
 from storage.sessions import Sessions
@@ -429,8 +429,15 @@ class Supervisor:
                 self._unreadable.pop(id, None)
 
     def _take_up(self, id: str, now: float) -> None:
-        wanted = self.sessions.wanted(id)
         session = self._managed.get(id)
+        try:
+            wanted = self.sessions.wanted(id)
+        except RecordLost:
+            if session is None:
+                raise  # whether it is to run is for a person to say
+            self.sessions.restore(id, session.wanted)
+            log.warning("session.record_restored", extra={"session": id})
+            return
         if wanted is None:
             if session is not None and not self._graves.is_digging(id):  # else our own doing
                 log.warning("session.vanished", extra={"session": id})

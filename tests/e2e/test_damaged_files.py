@@ -66,6 +66,37 @@ def test_garbage_in_every_state_file_costs_that_session_at_most(world: World) ->
     assert (folder / "device.db").exists()
 
 
+def test_a_record_that_is_removed_as_advised_costs_neither_messages_nor_link(world: World) -> None:
+    phone = world.link("sales")
+    assert world.run("queue", "sales", "pause").returncode == 0
+    job = world.enqueue("sales", CONTACT, "text of crm-0", "crm-0")
+    record = world.data / "sessions" / "sales" / "wanted.json"
+    files = [record, record.with_name("wanted.json.bak")]
+    for path in files:
+        path.write_bytes(b"garbage")
+    assert "remove it and wanted.json.bak and run: whatsapp-worker start sales" in sentence(
+        world, "sales"
+    )
+    for path in files:
+        path.unlink()
+    eventually(record.exists, what="the supervisor writes it as it knows it")
+    assert world.session("sales")["state"] == "connected"
+    assert world.supervisor is not None
+    world.supervisor.terminate()
+    assert world.supervisor.wait(30) == 0
+    for path in files:
+        path.unlink(missing_ok=True)
+    world.start_supervisor()
+    log = world.folder / "run.log"  # the supervisor's word, and the keeper's after it
+    eventually(lambda: log.read_text().count("session.unreadable session=sales") > 1)
+    assert world.outcome(job) == {} and not job.is_failed
+    assert "whatsapp-worker start sales" in sentence(world, "sales")
+    with world.linking("sales") as lines:
+        assert [(line["event"], line["phone"]) for line in lines] == [("linked", phone)]
+    assert world.run("queue", "sales", "resume").returncode == 0
+    assert world.await_outcomes([job])[0]["status"] in ("sent", "delivered")
+
+
 def test_a_state_that_nobody_can_read_is_looked_at_again_until_it_is_removed(world: World) -> None:
     world.link("sales")
     world.link("other")

@@ -267,6 +267,42 @@ def test_link_of_a_connected_session_says_linked_at_once_and_changes_nothing(ses
     assert sessions.wanted("sales").generation == wanted.generation
 
 
+def lose_record(sessions: Sessions, name: str) -> None:
+    """With a state that was true when its supervisor was killed."""
+    make(sessions, name, "connected", phone="5511999990001", generation=7)
+    known = {"network": "sandbox"}
+    sessions.put_state(name, dataclasses.replace(sessions.state(name), fields=known))
+    (sessions.folder(name) / "wanted.json").unlink()
+
+
+def test_a_session_without_its_record_is_told_as_such(sessions, capsys):
+    lose_record(sessions, "sales")
+    with supervised(sessions, answering("connected")):
+        assert main(["status", "--json"]) == 0
+        [told] = row(capsys)["sessions"]
+        assert told["state"] == "failed" and "whatsapp-worker start sales" in told["sentence"]
+        for words in ("status sales", "stop sales", "queue sales pause", "messages list sales"):
+            assert main(words.split()) == 1
+            said = capsys.readouterr().err
+            assert "there is no session" not in said
+            assert "whatsapp-worker start sales" in said
+
+
+@pytest.mark.parametrize("verb", ["start", "link"])
+def test_start_and_link_make_a_lost_record_anew(sessions, capsys, verb):
+    lose_record(sessions, "sales")
+
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        link = {"request": (wanted.link or {}).get("request"), "result": "linked"}
+        return answering("connected" if wanted.run == "run" else "stopped", link=link)(name, wanted)
+
+    with supervised(sessions, answer):
+        assert main([verb, "sales", "--json"]) == 0
+    wanted = sessions.wanted("sales")
+    assert (wanted.run, wanted.network, wanted.why) == ("run", "sandbox", verb)
+    assert wanted.generation > 7, "no state from before answers for it"
+
+
 def test_link_that_fails_tells_reason_and_sentence(sessions, capsys):
     def answer(name: str, wanted: Wanted) -> StateRecord:
         link = {"request": (wanted.link or {}).get("request"), "result": "failed"}

@@ -241,6 +241,13 @@ def test_a_broken_record_is_left_for_a_person(settings, sessions):
     assert path.read_text() == "\0\0"
 
 
+def test_a_lost_record_is_a_problem(settings, sessions):
+    database(sessions)
+    (sessions.folder("sales") / "wanted.json").unlink()
+    finding = worst(settings, "state-files")
+    assert finding.verdict == "problem" and "whatsapp-worker start sales" in finding.remedy
+
+
 def test_broken_tombstones_are_a_problem(settings, sessions, folder):
     (folder / "tombstones.json").write_text("[]")
     assert "tombstones" in worst(settings, "state-files").sentence

@@ -112,6 +112,14 @@ def test_a_record_that_cannot_be_read_costs_no_job(redis: Redis, sessions: Sessi
     assert ended(redis, job) == ("queued", None)
 
 
+def test_a_session_without_its_record_is_not_unknown(redis: Redis, sessions: Sessions) -> None:
+    (sessions.folder("known") / "device.db").touch()
+    (sessions.folder("known") / "wanted.json").unlink()
+    job = enqueue(redis, "known")
+    assert keeper_of(redis, sessions).sweep() == 0
+    assert ended(redis, job) == ("queued", None)
+
+
 def test_a_queue_that_is_no_list_costs_the_others_nothing(
     redis: Redis, sessions: Sessions, caplog: pytest.LogCaptureFixture
 ) -> None:

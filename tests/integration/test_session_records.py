@@ -23,6 +23,7 @@ from storage.errors import (
     DocumentUnwritable,
     RecordBeingDeleted,
     RecordExists,
+    RecordLost,
     RecordMissing,
 )
 from storage.hold import Hold
@@ -140,6 +141,33 @@ def test_a_broken_record_stops_no_other(sessions: Sessions) -> None:
     (sessions.folder("other") / "state.json").write_bytes(b"rubbish")
     sessions.put_state("other", StateRecord(generation=1, state="unlinked", since=1.0))
     assert sessions.state("other") is not None
+
+
+@pytest.mark.parametrize("left", ["state.json", "device.db"])
+def test_a_session_without_its_record_is_no_unknown_one(sessions: Sessions, left: str) -> None:
+    made(sessions)
+    folder = sessions.folder("sales")
+    (folder / left).write_text('{"version": 1, "generation": 7, "state": "stopped", "since": 1}')
+    (folder / "wanted.json").write_bytes(b"rubbish")
+    with pytest.raises(DocumentBroken, match=r"remove it and wanted\.json\.bak .* start sales"):
+        sessions.wanted("sales")
+    (folder / "wanted.json").unlink()
+    for ask in (sessions.wanted, lambda id: sessions.want(id, stopped)):
+        with pytest.raises(RecordLost, match="start sales"):
+            ask("sales")
+    lost = Wanted(generation=8, network="sandbox", run="stop", created_at=2.0, touched_at=2.0)
+    sessions.restore("sales", lost)
+    assert sessions.wanted("sales") == lost
+    sessions.restore("sales", dataclasses.replace(lost, run="run"))
+    assert sessions.wanted("sales") == lost, "somebody else was first"
+
+
+def test_a_session_that_is_being_deleted_needs_no_record(sessions: Sessions) -> None:
+    made(sessions)
+    (sessions.folder("sales") / "device.db").touch()
+    (sessions.folder("sales") / "wanted.json").unlink()
+    sessions.tombstones.add("sales", None, "delete", 1.0)
+    assert sessions.wanted("sales") is None
 
 
 def test_a_record_of_a_newer_version_is_left_alone(sessions: Sessions) -> None:

@@ -75,6 +75,23 @@ def test_a_record_that_could_not_be_read_is_read_again_though_it_does_not_change
     assert sorted(supervisor._managed) == ["other", "sales"]
 
 
+def test_a_record_removed_by_hand_is_written_as_the_supervisor_knows_it(
+    supervisor: Supervisor,
+) -> None:
+    make(supervisor, "sales")
+    supervisor._read_wanted(0.0)
+    before, managed = supervisor.sessions.wanted("sales"), supervisor._managed["sales"]
+    managed.tick(0.0)
+    path = supervisor.sessions.folder("sales") / "wanted.json"
+    path.write_text("garbage")
+    supervisor._read_wanted(1.0)
+    path.unlink()
+    supervisor._read_wanted(2.0)
+    assert supervisor.sessions.wanted("sales") == before
+    supervisor._read_wanted(3.0)
+    assert supervisor._managed == {"sales": managed}
+
+
 def test_a_folder_that_cannot_be_listed_is_not_empty(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

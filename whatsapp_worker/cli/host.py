@@ -70,6 +70,7 @@ class Host:
         """The record of a session.
 
         Raises:
+            RecordLost: It has lost its record; says how to make it anew.
             UnknownSession: There is none; says which there are.
             SessionDeleted: Only its tombstone is left; says since when.
         """
@@ -79,6 +80,27 @@ class Host:
         if found is None:
             raise self._unknown(session)
         return found
+
+    def restore(self, session: str, *, why: str) -> None:
+        """Make the record anew of a session that has lost it, as a stopped one."""
+        from storage.errors import RecordLost
+
+        try:
+            self.sessions.wanted(session)
+        except RecordLost:
+            state, now = self.sessions.state(session), time.time()
+            network = state.fields.get("network") if state else None
+            self.sessions.restore(
+                session,
+                Wanted(
+                    generation=state.generation + 1 if state else 1,
+                    network=str(network or self.supervisor().network),
+                    run="stop",
+                    created_at=now,
+                    touched_at=now,
+                    why=why,
+                ),
+            )
 
     def _unknown(self, session: str) -> SessionError:
         if stone := self.sessions.tombstones.find(session):

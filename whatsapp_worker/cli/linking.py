@@ -130,11 +130,16 @@ class Attempt:
     def _connected_already(self) -> Linked | None:
         if self._link["again"] or not self._host.supervisor().alive:
             return None
-        state = self._host.read_state(self._session)
-        return _linked(state) if state and state.state == State.CONNECTED else None
+        wanted, state = None, self._host.read_state(self._session)
+        with contextlib.suppress(StorageError):  # asking will tell
+            wanted = self._host.sessions.wanted(self._session)
+        if wanted is None or state is None or state.generation < wanted.generation:
+            return None  # what the state says was so before
+        return _linked(state) if state.state == State.CONNECTED else None
 
     def _ask(self) -> Wanted:
         sessions = self._host.sessions
+        self._host.restore(self._session, why="link")
         if sessions.wanted(self._session) is None:
             self._create()
 

@@ -19,6 +19,7 @@ from whatsapp_worker.errors import (
     UsageError,
     WorkerError,
 )
+from whatsapp_worker.keys import session_id
 from whatsapp_worker.session import Reason, State
 from whatsapp_worker.settings import Settings
 
@@ -60,6 +61,8 @@ class Operation:
 
 def start(options: Options, settings: Settings) -> int:
     """Serve `start`."""
+    if not options.all:
+        Host(settings).restore(session_id(options.session), why="start")
     return _operate(options, settings, _start(settings, force=options.force))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from storage import locks, sqlite_files, tombstones
 from storage.documents import Document, write_synced
-from storage.errors import DocumentNewer, LockHeld, LockUnusable, StorageError
+from storage.errors import DocumentNewer, LockHeld, LockUnusable, RecordLost, StorageError
 from storage.ledger_schema import held_path
 from storage.locks import check_locking
 from storage.sessions import Sessions
@@ -247,6 +247,8 @@ def check_state_files(settings: Settings) -> list[Finding]:
 def _unreadable(path: Path, error: StorageError) -> Finding:
     if isinstance(error, DocumentNewer):
         return problem("state-files", f"{error}.", "Upgrade whatsapp-worker")
+    if isinstance(error, RecordLost):
+        return problem("state-files", f"{error}.", f"Run: whatsapp-worker start {error.session}")
     if path.name != "state.json":
         return problem("state-files", f"{error}.", f"Restore {path} from a backup")
 
