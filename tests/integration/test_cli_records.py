@@ -267,6 +267,30 @@ def test_link_of_a_connected_session_says_linked_at_once_and_changes_nothing(ses
     assert sessions.wanted("sales").generation == wanted.generation
 
 
+@pytest.mark.parametrize("number", ["+55 11 99999-0001", "551199990001"])
+def test_link_of_the_number_that_is_linked_says_so(sessions, capsys, number):
+    make(sessions, "sales", "connected", phone="5511999990001")
+    with supervised(sessions, answering("connected")):
+        assert main(["link", "sales", "--phone", number]) == 0
+    assert "Already linked +5511999990001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["connected", "stopped"])
+def test_link_of_another_number_than_the_linked_one_is_refused(sessions, capsys, state):
+    make(sessions, "sales", state, phone="5511999990001")
+
+    def answer(name: str, wanted: Wanted) -> StateRecord:
+        link = {"request": (wanted.link or {}).get("request"), "result": "linked"}
+        return answering("connected", phone="5511999990001", link=link)(name, wanted)
+
+    with supervised(sessions, answer):
+        assert main(["link", "sales", "--phone", "+5511999990009", "--json"]) == 1
+    told = row(capsys)
+    assert (told["event"], told["reason"]) == ("failed", "already-linked")
+    assert "linked to +5511999990001" in told["sentence"]
+    assert told["sentence"].endswith("link sales --again --phone +5511999990009")
+
+
 def lose_record(sessions: Sessions, name: str) -> None:
     """With a state that was true when its supervisor was killed."""
     make(sessions, name, "connected", phone="5511999990001", generation=7)

@@ -115,7 +115,8 @@ class Screen:
     def _show_other(self, word: Moved | Linked) -> None:
         if isinstance(word, Linked):
             number = f" +{word.phone}" if word.phone else ""
-            talk(paint(f"Linked{number}. Session {self._session} is connected.", "green", "bold"))
+            linked = "Linked" if word.is_new else "Already linked"
+            talk(paint(f"{linked}{number}. Session {self._session} is connected.", "green", "bold"))
         elif word.state not in ("connected", "unlinked"):
             talk(paint(f"{self._session}: {word.state}", "dim", stream=sys.stderr))
 

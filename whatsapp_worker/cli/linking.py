@@ -43,10 +43,11 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """The device is linked and logged in."""
+    """The device is linked and logged in; by this attempt, or long before it (`is_new` false)."""
 
     phone: str | None
     jid: str | None
+    is_new: bool = True
 
 
 class Attempt:
@@ -69,6 +70,8 @@ class Attempt:
         self._session = session_id(session)
         self._request = str(uuid.uuid4())
         self._asked: Wanted | None = None
+        self._has_shown = False  # a code: what is linked now was linked by it
+        self._phone = phone
         self._link = {
             "request": self._request,
             "method": "phone" if phone else "qr",
@@ -80,7 +83,8 @@ class Attempt:
         """Ask, then tell what happens until it is linked; blocks between two words.
 
         Raises:
-            LinkFailed: It did not link; carries reason code and sentence.
+            LinkFailed: It did not link, or is linked as another number; carries reason code
+                and sentence.
             CapacityReached: MAX_SESSIONS sessions exist, or run, already.
             SupervisorUnavailable: None runs; the request stays recorded (transient).
             CommandTimeout: Neither linked nor failed in time (transient).
@@ -104,7 +108,7 @@ class Attempt:
                 yield ended
                 return
             if (code := self._code()) and code != shown and code.expires_in_s > 0:
-                shown = code
+                shown, self._has_shown = code, True
                 yield code
             self._require_record()
             patience.check()
@@ -135,7 +139,7 @@ class Attempt:
             wanted = self._host.sessions.wanted(self._session)
         if wanted is None or state is None or state.generation < wanted.generation:
             return None  # what the state says was so before
-        return _linked(state) if state.state == State.CONNECTED else None
+        return self._linked(state) if state.state == State.CONNECTED else None
 
     def _ask(self) -> Wanted:
         sessions = self._host.sessions
@@ -177,7 +181,7 @@ class Attempt:
         if link.get("request") != self._request:
             return None
         if link.get("result") == "linked":
-            return _linked(state)
+            return self._linked(state)
         reason = str(link.get("reason") or state.reason or "link-failed")
         said = str(link.get("sentence") or state.sentence or "The link attempt did not succeed.")
         raise CapacityReached(said) if reason == Reason.CAPACITY else LinkFailed(reason, said)
@@ -192,6 +196,19 @@ class Attempt:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def _linked(self, state: StateRecord) -> Linked:
+        """Raises LinkFailed where an earlier attempt linked another number than is asked for."""
+        is_new, phone = self._has_shown or bool(self._link["again"]), self._phone
+        if not is_new and phone and state.phone and not _is_same_number(phone, state.phone):
+            raise LinkFailed(
+                "already-linked",
+                f"Session {self._session} is already linked to +{state.phone}. To link another"
+                f" number: whatsapp-worker link {self._session} --again --phone +{phone}",
+            )
+        return Linked(phone=state.phone, jid=state.jid, is_new=is_new)
 
-def _linked(state: StateRecord) -> Linked:
-    return Linked(phone=state.phone, jid=state.jid)
+
+def _is_same_number(dialled: str, known: str) -> bool:
+    """WhatsApp knows some numbers with a digit more or less than is dialled (Brazil's ninth)."""
+    short, long = sorted((dialled, known), key=len)
+    return short == long or any(long[:n] + long[n + 1 :] == short for n in range(len(long)))
