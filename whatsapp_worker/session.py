@@ -110,19 +110,30 @@ _LINK_SENTENCES = {
     Reason.OPERATOR: "An operator ended the link attempt. Try again:"
     " whatsapp-worker link {session}",
 }
+_CODE_EXPIRED = (
+    "Nobody typed the pairing code into the phone in time. Try again:"
+    " whatsapp-worker link {session}"
+)
 _NOT_LINKED = "No phone is linked to it. Link one: whatsapp-worker link {session}"
 
 
-def sentence(reason: Reason | None, session: str, *, linking: bool = False) -> str:
+def sentence(
+    reason: Reason | None, session: str, *, linking: bool = False, phone: str | None = None
+) -> str:
     """The sentence that tells a person what to do; empty without a reason.
 
     Args:
         linking: It is about a link attempt, or a session without credentials.
+        phone: Digits of the number that a pairing code was asked for; None for QR codes.
     """
     if reason is None:
         return ""
-    said = _LINK_SENTENCES.get(reason) if linking else None
-    return (said or _SENTENCES[reason]).format(session=session)
+    template = (linking and _LINK_SENTENCES.get(reason)) or _SENTENCES[reason]
+    if phone is None:
+        return template.format(session=session)
+    said = (_CODE_EXPIRED if reason is Reason.QR_EXPIRED else template).format(session=session)
+    command = f"whatsapp-worker link {session}"
+    return said.replace(command, f"{command} --phone +{phone}")
 
 
 def state_sentence(state: State, reason: Reason | None, session: str) -> str:

@@ -244,7 +244,9 @@ class SessionLink:
         """Answer the request, and leave the state where it belongs."""
         self._attempt = None
         answer = {"request": link.request, "result": result, "reason": reason}
-        self._status.set(link={**answer, "sentence": sentence(reason, self._id, linking=True)})
+        phone = link.phone if link.method == "phone" else None
+        said = sentence(reason, self._id, linking=True, phone=phone)
+        self._status.set(link={**answer, "sentence": said})
         self.hide()
         self._status.note(f"link.{result}", reason=reason)
         log.info(f"link.{result}", extra={"session": self._id, "reason": reason})
@@ -253,7 +255,7 @@ class SessionLink:
         if link.back in _BACK:
             self._status.move(_BACK[link.back], link.back_reason)
         elif link.back is State.UNLINKED:
-            self._status.move(Trigger.UNPAIRED, reason)
+            self._status.move(Trigger.UNPAIRED, reason, said=said or None)
         else:  # the old credentials are as good as before
             self._dial(now)
 

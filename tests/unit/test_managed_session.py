@@ -366,6 +366,18 @@ def test_a_link_that_nobody_scans_ends_at_its_deadline_and_another_may_start(
     assert play.session.state is State.LINKING
 
 
+def test_a_pairing_code_that_nobody_types_is_not_called_a_qr_code(tmp_path: Path) -> None:
+    play = Play(FakeHost(tmp_path), linked=False)
+    asked = {"request": "r1", "method": "phone", "phone": "5511999990009", "again": False}
+    play.want(run="run", link=asked)
+    play.tick(181)
+    assert play.exit(None, status=9) is State.UNLINKED
+    assert play.saved.link["reason"] == play.saved.reason == "qr-expired"
+    said = play.saved.link["sentence"]
+    assert "QR" not in said and said.endswith("link sales --phone +5511999990009")
+    assert play.saved.sentence == said
+
+
 def test_a_new_link_request_replaces_the_one_under_way(tmp_path: Path) -> None:
     play = Play(FakeHost(tmp_path), linked=False)
     link(play)

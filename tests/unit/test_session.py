@@ -93,6 +93,13 @@ def test_a_failed_link_says_how_to_try_again(reason: Reason) -> None:
     assert text.endswith("whatsapp-worker link sales") and "by itself" not in text
 
 
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason not in _NOT_BY_LINKING])
+def test_a_link_by_code_that_failed_says_how_to_ask_for_another_code(reason: Reason) -> None:
+    text = sentence(reason, "sales", linking=True, phone="5511999990009")
+    assert text.endswith("whatsapp-worker link sales --phone +5511999990009")
+    assert "QR" not in text and text.count("--phone") == 1
+
+
 @pytest.mark.parametrize("reason", [None, *Reason])
 def test_a_session_without_credentials_is_not_told_to_start(reason: Reason | None) -> None:
     text = state_sentence(State.UNLINKED, reason, "sales")
