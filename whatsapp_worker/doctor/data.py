@@ -298,7 +298,7 @@ def check_device_databases(settings: Settings) -> list[Finding]:
                 problem(
                     "device-databases",
                     f"The credentials of session {id} are damaged: {words}.",
-                    f"Restore {path} from a backup, or run: whatsapp-worker link {id} --again",
+                    f"Run: whatsapp-worker link {id} --again",
                 )
                 for words in device_store.check(path)[:1]
             ]
