@@ -647,23 +647,28 @@ class ManagedSession:
     def _on_lost(self, process: SessionProcess, ending: Ending, now: float) -> None:
         lost_at = process.ended_at or now
         reason = ending.reason or Reason.CONNECTION_FAILED
+        said = None  # the reason's own sentence; this one only points at the log
+        if reason is Reason.CANNOT_RUN and ending.detail:
+            said = f"This host cannot run the session: {ending.detail}"
         if process.is_canary and process.login_at is None:
             # The outage goes on; nothing is counted, and the cool-down stands.
             next_at = None if self.due_at is None else self._at(max(0.0, self.due_at - now))
-            self._status.move(Trigger.SPENT, reason, next_attempt_at=next_at)
+            self._status.move(Trigger.SPENT, reason, said=said, next_attempt_at=next_at)
             return
         verdict = self._host.policy.lost(self._past, now=lost_at, login_at=process.login_at)
         self._past = verdict.history
         if isinstance(verdict, Again):
-            self._wait_for_attempt(verdict, reason, lost_at)
+            self._wait_for_attempt(verdict, reason, said, lost_at)
         else:
-            self._fail(verdict, reason, lost_at, now)
+            self._fail(verdict, reason, said, lost_at, now)
 
-    def _wait_for_attempt(self, again: Again, reason: Reason, lost_at: float) -> None:
+    def _wait_for_attempt(
+        self, again: Again, reason: Reason, said: str | None, lost_at: float
+    ) -> None:
         self.due_at = lost_at + again.wait_s
         attempt = again.history.attempt
         self._status.move(
-            Trigger.LOSS, reason, attempt=attempt, next_attempt_at=self._at(again.wait_s)
+            Trigger.LOSS, reason, said=said, attempt=attempt, next_attempt_at=self._at(again.wait_s)
         )
         log.info(
             "session.reconnect_scheduled",
@@ -675,12 +680,15 @@ class ManagedSession:
             },
         )
 
-    def _fail(self, end: GiveUp, reason: Reason, lost_at: float, now: float) -> None:
+    def _fail(
+        self, end: GiveUp, reason: Reason, said: str | None, lost_at: float, now: float
+    ) -> None:
         wait_s = end.cooldown_s
         self.due_at = None if wait_s is None else lost_at + wait_s
         self._status.move(
             Trigger.SPENT,
             Reason.FLAPPING if end.flapping else reason,
+            said=None if end.flapping else said,
             attempt=0,
             next_attempt_at=None if wait_s is None else self._at(wait_s),
         )

@@ -246,6 +246,8 @@ class SessionLink:
         answer = {"request": link.request, "result": result, "reason": reason}
         phone = link.phone if link.method == "phone" else None
         said = sentence(reason, self._id, linking=True, phone=phone)
+        if reason is Reason.CANNOT_RUN and self._status.reason is reason:
+            said = self._status.record.sentence  # which says more
         self._status.set(link={**answer, "sentence": said})
         self.hide()
         self._status.note(f"link.{result}", reason=reason)

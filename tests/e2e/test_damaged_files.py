@@ -159,6 +159,7 @@ def test_damaged_databases_cost_that_session_only_and_nothing_is_sent_twice(worl
         refused = f"{session} is failed: {world.session(session)}"
         eventually(lambda session=session: _is_refused(world, session), what=refused)
         assert words in world.run("logs", session).stdout
+    eventually(lambda: "whatsapp-worker link sales --again" in sentence(world, "sales"))
     assert world.outcome(again) == {}
     shown = world.run("queue", "support").stdout
     assert "held" in shown and "ledger.db.held" in shown

@@ -15,7 +15,7 @@ import pytest
 
 from storage.sessions import Sessions, Wanted
 from whatsapp_worker import session_status
-from whatsapp_worker.endings import Ending, EndingKind
+from whatsapp_worker.endings import Ending, EndingKind, refused
 from whatsapp_worker.event_names import Event
 from whatsapp_worker.managed_session import ManagedSession
 from whatsapp_worker.reconnect import Policy
@@ -416,6 +416,17 @@ def test_a_link_whose_logins_all_fail_is_answered_when_the_attempts_are_spent(pl
         play.exit(LOST)
         play.tick(12.1)
     assert play.saved.link["reason"] == "wa-connection-failed"
+
+
+def test_a_session_that_cannot_run_says_why_and_what_helps(play: Play) -> None:
+    remedy = "the credentials are damaged; link it again: whatsapp-worker link sales --again"
+    link(play)
+    for _ in range(4):
+        play.exit(refused(remedy))
+        assert play.saved.sentence == f"This host cannot run the session: {remedy}"
+        play.tick(12.1)
+    assert play.saved.link["reason"] == "cannot-run"
+    assert play.saved.link["sentence"].endswith(remedy)
 
 
 def test_a_failed_relink_of_a_logged_out_session_leaves_it_logged_out(play: Play) -> None:
