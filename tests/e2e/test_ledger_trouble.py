@@ -205,7 +205,7 @@ def test_a_ledger_of_newer_software_stops_its_session_with_one_sentence_until_it
         job = world.enqueue("sales", CONTACT, "during", "m1")
         started = world.run("start", "sales")
         assert started.returncode == 1
-        assert started.stderr.endswith("its log says why: whatsapp-worker logs sales\n")
+        assert NEWER in started.stderr
         listed = world.run("messages", "list", "sales")
         assert (listed.returncode, len(listed.stderr.splitlines())) == (1, 1)
         assert NEWER in listed.stderr
@@ -214,7 +214,7 @@ def test_a_ledger_of_newer_software_stops_its_session_with_one_sentence_until_it
         assert world.supervisor.wait(30) == 0
         world.start_supervisor()
         world.await_state("sales", "failed")
-        assert world.session("sales")["sentence"].endswith("whatsapp-worker logs sales")
+        eventually(lambda: NEWER in world.session("sales")["sentence"], what="status says why")
         logs = world.run("logs", "sales").stdout.splitlines()
         refused = [line for line in logs if "session.refused" in line]
         assert all(NEWER in line for line in refused)
