@@ -463,7 +463,7 @@ class Consumer:
         settlement = Settlement(claim.message_id, status, error=error, at=claim.now)
         [row] = self._with_ledger(lambda: self._ledger.record([(claim, settlement)]))
         if row.content_hash != claim.content_hash:  # its id was used for another
-            return Finished(job, Outcome(status, error=error))
+            return Finished(job, Outcome(status, error=error), is_duplicate=True)
         if row.status == Status.SENDING:
             raise _Leave(Ending.SEND_UNSURE)
         return Finished(job, recovery.outcome(row), row.attempt)

@@ -642,6 +642,7 @@ def test_a_job_that_ends_unsent_is_not_told_what_became_of_other_content_with_it
     told = _job(redis, "other").meta["outcome"]
     assert (told["status"], told["wa_message_id"]) == (ended, None)
     assert event_names(redis) == ["message.sent", f"message.{ended}"]
+    assert [one["payload"].get("duplicate") for one in events(redis)] == [None, True]
 
 
 def test_an_expired_repetition_of_a_message_that_was_just_sent_is_told_so_and_ends_nothing(
