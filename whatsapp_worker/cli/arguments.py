@@ -140,7 +140,12 @@ def _sessions(commands: Any) -> None:
         metavar="NUMBER",
         help="ask for a pairing code to type on the phone of this number, instead of a QR code",
     )
-    link.add_argument("--again", action="store_true", help="link anew though it is linked already")
+    link.add_argument(
+        "--again",
+        action="store_true",
+        help="link anew though it is linked already; the phone still lists the device from before:"
+        " remove it there under Linked devices",
+    )
     _json(link, "one JSON line for each code, then linked or failed")
     status = _command(
         commands,
