@@ -101,7 +101,8 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
     alive = supervisor.alive
     names = [session] if session else host.sessions.ids()
     depths, breakers = _queues(host, names) if redis["ok"] else ({}, {})
-    held = _held(host, names) if redis["ok"] else {}
+    standings = {name: _standing(host, name) for name in names}
+    held = _held(host, standings) if redis["ok"] else {}
     return {
         "supervisor": {"alive": alive, "pid": supervisor.pid},
         "redis": redis,
@@ -114,6 +115,7 @@ def gather(host: Host, session: str | None = None) -> dict[str, Any]:
                 host,
                 name,
                 _row(host, name, alive, depths.get(name), breakers.get(name, {})),
+                standings[name],
                 held.get(name, []),
             )
             | ({"history": _history(host, name)} if session else {})
@@ -142,29 +144,29 @@ def _queues(host: Host, names: list[str]) -> tuple[dict[str, int], dict[str, _Br
     return {name: sum(lengths[4 * n : 4 * n + 4]) for n, name in enumerate(names)}, breakers
 
 
-def _held(host: Host, names: list[str]) -> dict[str, list[bool]]:
+def _held(host: Host, standings: dict[str, Standing | None]) -> dict[str, list[bool]]:
     """Whether the heads of a session's queues are held for another number, in the order in which
     they are taken; only of sessions that may hold anything."""
-    standings = {name: _standing(host, name) for name in names}
-    before = {name: it.held_before for name, it in standings.items() if it and it.held_before}
-    return {name: _held_heads(host, name, moment) for name, moment in before.items()}
-
-
-def _held_heads(host: Host, name: str, held_before: float) -> list[bool]:
     import redis
 
     from whatsapp_worker.outbox import Outbox
     from whatsapp_worker.stream import EventStream
 
-    settings = host.settings
-    try:
-        with contextlib.closing(host.redis(timeout_s=2.0)) as client:
-            stream = EventStream(client, events_max=settings.events_max)
+    before = {name: it.held_before for name, it in standings.items() if it and it.held_before}
+    if not before:
+        return {}
+    found, settings = {}, host.settings
+    with (
+        contextlib.suppress(redis.RedisError, RedisUnavailable, OSError),
+        contextlib.closing(host.redis(timeout_s=2.0)) as client,
+    ):
+        stream = EventStream(client, events_max=settings.events_max)
+        for name, moment in before.items():
             outbox = Outbox(client, name, stream=stream, result_ttl_s=settings.result_ttl_s)
-            with contextlib.closing(outbox):
-                return [is_held(job, held_before) for job in outbox.heads()]
-    except (redis.RedisError, RedisUnavailable, OSError):
-        return []
+            # A queue that is no list hides what is held of no other session.
+            with contextlib.suppress(redis.ResponseError), contextlib.closing(outbox):
+                found[name] = [is_held(job, moment) for job in outbox.heads()]
+    return found
 
 
 def is_held(job: "Job", held_before: float | None) -> bool:
@@ -227,10 +229,12 @@ def _row(
     }
 
 
-def _decided(host: Host, name: str, row: dict[str, Any], held: list[bool]) -> dict[str, Any]:
+def _decided(
+    host: Host, name: str, row: dict[str, Any], standing: Standing | None, held: list[bool]
+) -> dict[str, Any]:
     """The row with what operators decided, or have to, which the record tells seconds later, or not
     at all while no device process runs."""
-    queue, paused, standing = row["queue"], PAUSED.format(name), _standing(host, name)
+    queue, paused = row["queue"], PAUSED.format(name)
     if standing is None:
         return row
     was_held = queue["state"] == "held" and standing.held_before is None
