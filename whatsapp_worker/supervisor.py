@@ -60,6 +60,7 @@ REDIS_RETRY_S = 1.0
 SPAWN_RETRY_S = 1.0
 UNREADABLE_RETRY_S = 5.0
 LEFTOVER_TIMEOUT_S = 4.0
+LEDGER_TIMEOUT_S = 5.0  # one call
 LAST_WORDS_S = 1.0  # for what is flushed at the very end of a shutdown
 
 
@@ -182,7 +183,7 @@ class Supervisor:
         folder = self.settings.data_dir / "sessions" / session
         where = self.settings.database_url or folder / "ledger.db"
         # Opening makes two calls, and no signal ends one: a stop is heeded in time all the same.
-        timeout_s = min(self.settings.db_timeout_s, self.settings.shutdown_timeout_s / 3)
+        timeout_s = min(LEDGER_TIMEOUT_S, self.settings.shutdown_timeout_s / 3)
         return Ledger.open(where, session, timeout_s=timeout_s)
 
     def _stream(self) -> EventStream:
